@@ -1,0 +1,1 @@
+"""What spans machines: contracts, wire codec, link, pairing and scaling policy, API, placement."""

@@ -1,0 +1,1 @@
+"""HTTP API (OpenAI-compatible), router and the client of the engines' ports."""

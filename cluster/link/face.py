@@ -1,0 +1,93 @@
+"""The two faces of a link. Whatever the tensor plane (tcp, torch, local), both services see only these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Welcome
+
+
+@dataclass(frozen=True)
+class LinkState:
+    """What the verifier's side knows of its link. epoch counts up with every new connection; linked: drafts may be asked.
+
+    drafter_*: from the Welcome of this epoch (empty while never linked). sent_bytes: control and tensor bytes, all epochs.
+    """
+
+    linked: bool
+    epoch: int
+    drafter_id: str = ""
+    drafter_version: str = ""
+    block_size: int = 0
+    window: int = 0
+    sent_bytes: int = 0
+
+
+class VerifierLink(Protocol):
+    """The verifier's end. No call blocks on the network and none raises because of the peer: a dead link swallows.
+
+    After every change of `state.epoch` nothing that was sent before is known to the drafter: append again.
+    """
+
+    @property
+    def state(self) -> LinkState: ...
+
+    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+        """Send context features [count, hidden] (any float dtype; cast to the link's) for positions start.. ."""
+
+    def ask(self, asks: Sequence[DraftAsk]) -> None:
+        """Ask for drafts of one step; earlier appends of the same contexts are applied first."""
+
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+        """Wait until every ask is answered, the link breaks or timeout_s passes; what has come, by (context, base).
+
+        An answer is handed out once. Answers that nobody collects are dropped when their context closes or moves on.
+        """
+
+    def close_contexts(self, context_ids: Sequence[str]) -> None: ...
+
+    def evicted(self) -> list[str]:
+        """Contexts the drafter dropped since the last call."""
+
+    def set_drafters(self, addresses: Sequence[str]) -> None:
+        """Candidates "host:port", best first. The live link is kept while its address is still listed."""
+
+    def stop(self) -> None: ...
+
+
+class Peer(Protocol):
+    """One linked verifier, as the drafter's engine sees it. Sends never block: a slow peer is dropped instead."""
+
+    @property
+    def link_id(self) -> str:
+        """Unique for one epoch of one verifier."""
+
+    def answer(self, answers: Sequence[DraftAnswer]) -> None: ...
+
+    def ack(self, context_id: str, watermark: int) -> None: ...
+
+    def evicted(self, context_id: str) -> None: ...
+
+
+class DrafterHandler(Protocol):
+    """The drafter's side of the protocol. Called from the link's threads: implementations only queue.
+
+    `hello` returns the Welcome or raises LinkError with the reason (which field, both values).
+    """
+
+    def hello(self, hello: Hello) -> Welcome: ...
+
+    def linked(self, peer: Peer) -> None: ...
+
+    def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None: ...
+
+    def draft(self, peer: Peer, draft: Draft) -> None: ...
+
+    def close_contexts(self, peer: Peer, context_ids: Sequence[str]) -> None: ...
+
+    def lost(self, peer: Peer) -> None: ...

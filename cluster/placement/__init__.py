@@ -1,0 +1,1 @@
+"""Ray: the directory of members, placement of ranks."""

@@ -1,0 +1,1 @@
+"""How many replicas: pure policy on plain values."""

@@ -1,0 +1,1 @@
+"""Composition root: the Serve application and its YAML files."""

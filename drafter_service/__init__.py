@@ -1,0 +1,1 @@
+"""The drafter: DFlash model, context KV, batching engine, Serve deployment."""

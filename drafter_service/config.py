@@ -1,0 +1,25 @@
+"""Settings of the drafter: pydantic, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DrafterSettings(BaseModel):
+    """One drafter replica: a DFlash checkpoint with the embedding and head of its target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(description="DFlash checkpoint directory")
+    target: str = Field(description="target checkpoint directory: embedding and lm_head are read here")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cuda"
+    threads: int = Field(1, ge=1, description="torch threads on CPU")
+    window: int = Field(4096, ge=16, description="context features kept per context, for full-attention drafters")
+    max_contexts: int = Field(256, ge=1, description="contexts held at once, over all verifiers; the oldest is evicted")
+    max_queue: int = Field(1024, ge=1, description="asks waiting; beyond it the answer is 'no drafts' at once")
+    token: str = Field("", description="shared secret of the link")
+    heartbeat_s: float = Field(0.5, gt=0, le=10)
+    hard_deadline_s: float = Field(3.0, gt=0, le=60)

@@ -1,0 +1,1 @@
+"""The DFlash trainer: continuations, losses, checkpoints, curves."""

@@ -1,0 +1,1 @@
+"""The target: model, KV cache, scheduler, acceptance, engine, rank processes, Serve deployment."""

@@ -1,0 +1,69 @@
+"""Settings of the verifier: pydantic, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LinkSettings(Strict):
+    """Both deadlines and the secret of the link. Seconds."""
+
+    token: str = Field("", description="shared secret; every drafter of the application holds the same")
+    tensor_transport: Literal["tcp", "torch"] = Field("tcp", description="torch = NCCL between GPUs, gloo on CPU")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of context features on the wire")
+    heartbeat_s: float = Field(0.5, gt=0, le=10)
+    hard_deadline_s: float = Field(3.0, gt=0, le=60, description="silence that ends an epoch")
+
+    @model_validator(mode="after")
+    def _deadline_above_heartbeat(self) -> LinkSettings:
+        if self.hard_deadline_s <= 2 * self.heartbeat_s:
+            raise ValueError(
+                f"hard_deadline_s ({self.hard_deadline_s}) must be more than two heartbeats of {self.heartbeat_s} s"
+            )
+        return self
+
+
+class SpeculationSettings(Strict):
+    """mode: disaggregated = drafter in another process; colocated = inside rank 0; none = plain decoding, no taps.
+
+    soft_deadline_s: how long a step waits for drafts before it goes on without.
+    """
+
+    mode: Literal["disaggregated", "colocated", "none"] = "disaggregated"
+    max_draft_tokens: int | None = Field(None, ge=0, description="None = block size - 1")
+    soft_deadline_s: float = Field(0.25, gt=0, le=10)
+
+
+class VerifierSettings(Strict):
+    """One verifier replica: one copy of the target over `tensor_parallel_size` ranks."""
+
+    target: str = Field(description="checkpoint directory")
+    drafter: str | None = Field(None, description="DFlash checkpoint directory: taps, fc and hidden_norm are read here")
+    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cuda"
+    threads_per_rank: int = Field(1, ge=1, description="torch threads of a rank on CPU")
+    max_requests: int = Field(64, ge=1, le=4096, description="running requests (state slots)")
+    max_waiting: int = Field(256, ge=0, description="beyond it a submit is refused as overloaded")
+    block_tokens: int = Field(16, ge=1, description="tokens of one KV block")
+    kv_cache_tokens: int = Field(65536, ge=16, description="KV capacity in tokens")
+    max_step_tokens: int = Field(2048, ge=16, description="token budget of one step")
+    max_context: int | None = Field(None, ge=2, description="None = the checkpoint's own limit")
+    feature_store_bytes: int = Field(1 << 30, ge=1 << 16, description="host memory for context features")
+    speculation: SpeculationSettings = SpeculationSettings()
+    link: LinkSettings = LinkSettings()
+
+    @model_validator(mode="after")
+    def _drafter_present(self) -> VerifierSettings:
+        if self.speculation.mode != "none" and self.drafter is None:
+            raise ValueError(
+                f"speculation.mode is {self.speculation.mode!r} but drafter is not set: name the drafter's "
+                "checkpoint directory, or set speculation.mode to 'none'"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Everything that touches transformers' model classes: plug-ins, loading, the runner of one rank."""

@@ -1,0 +1,46 @@
+"""What the engine asks of one rank's model: the runner's face and the values that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from verifier_service.plan import StepPlan
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank."""
+
+    vocabulary: int
+    hidden: int
+    max_context: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """Of one plan, rows in plan order (verify rows first, then prefill chunks).
+
+    logits: float32 [verify tokens + completed prompts, vocabulary], verify tokens in order, then one row per
+        chunk that completes its prompt; on rank 0 only, None elsewhere.
+    taps: [all tokens of the plan, taps x hidden], on rank 0 only and only if the runner was built with taps.
+    """
+
+    logits: torch.Tensor | None
+    taps: torch.Tensor | None
+
+
+class Runner(Protocol):
+    """One rank's share of the target with paged KV and recurrent states; all ranks get the same plan."""
+
+    shape: ModelShape
+
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        """Execute a plan, commit of `decided` included. Blocks until the result is there."""
+
+    def set_taps(self, layer_ids: Sequence[int]) -> None:
+        """0-based layer outputs to return as taps; empty = none (plain decoding pays nothing for taps)."""
