@@ -1,4 +1,4 @@
-"""Values that cross from a router to a verifier's engine and back, as msgspec structs: one layout, used by both ends.
+"""Values that cross from a router to a verifier's engine and back, as msgspec structs: one layout for both ends.
 
 No torch, no Ray. Every message on the engine port is one member of `ToEngine` or `FromEngine`, framed by `cluster.wire`.
 """
@@ -9,7 +9,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """temperature 0 is greedy. top_k 0 and top_p 1.0 mean "off". `logprobs`: None, or the number of alternatives (0..20)."""
+    """temperature 0 is greedy. top_k 0 and top_p 1.0 mean "off". `logprobs`: None, or how many alternatives (0..20)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -81,7 +81,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """Start (or resume) a request. Submitting a running (request_id, choice) again on the same engine is an error Delta."""
+    """Start (or resume) a request. Submitting a running (request_id, choice) again is an error Delta."""
 
     request: EngineRequest
 

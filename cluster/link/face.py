@@ -14,9 +14,9 @@ from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Welcome
 
 @dataclass(frozen=True)
 class LinkState:
-    """What the verifier's side knows of its link. epoch counts up with every new connection; linked: drafts may be asked.
+    """What the verifier's side knows of its link. epoch counts up with every new connection; linked: may ask.
 
-    drafter_*: from the Welcome of this epoch (empty while never linked). sent_bytes: control and tensor bytes, all epochs.
+    drafter_*: from the Welcome of this epoch (empty while never linked). sent_bytes: bytes of both planes, all epochs.
     """
 
     linked: bool
