@@ -1,0 +1,128 @@
+"""Reads tensors, or slices of them, from a checkpoint directory of safetensors files, sharded or single."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointReader:
+    """Random access to the tensors of one checkpoint. Files are memory-mapped: a slice costs its own bytes only.
+
+    Raises CheckpointError if the directory, a shard or the index is missing or not readable.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._file_of = _index(self.directory)  # tensor name -> file
+        self._open: dict[Path, Any] = {}
+        self._slices: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape on disk, read from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(
+        self, name: str, slices: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The tensor, or the part that `slices` selects (leading dimensions; missing ones are whole), on the CPU.
+
+        dtype: converted to it; None keeps the one on disk. The result owns its memory: the file may go.
+        Raises CheckpointError for an unknown name or a shard that lacks the tensor.
+        """
+        view = self._slice(name)
+        shape = tuple(view.get_shape())
+        if slices is not None and len(slices) > len(shape):
+            raise CheckpointError(f"{name} in {self._file_of[name]} has shape {shape}: {len(slices)} slices do not fit")
+        tensor = view[_bounded(slices, shape)] if shape else view[...]
+        return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        """Unmap every file. Tensors already read stay valid."""
+        self._slices.clear()
+        self._open.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._slices:
+            file = self._file_of.get(name)
+            if file is None:
+                raise CheckpointError(
+                    f"checkpoint {self.directory} has no tensor {name!r} ({len(self._file_of)} others): "
+                    "is it the checkpoint of another model?"
+                )
+            try:
+                self._slices[name] = self._mapped(file).get_slice(name)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} lacks tensor {name!r} that {INDEX} places there ({error}): download that file again"
+                ) from error
+        return self._slices[name]
+
+    def _mapped(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = _open(file)
+        return self._open[file]
+
+
+def _bounded(slices: tuple[slice, ...] | None, shape: Sequence[int]) -> tuple[slice, ...]:
+    parts = list(slices or ())
+    parts += [slice(None)] * (len(shape) - len(parts))
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(parts, shape))
+
+
+def _index(directory: Path) -> dict[str, Path]:
+    if not directory.is_dir():
+        raise CheckpointError(f"checkpoint directory {directory} does not exist: give the path of a local checkpoint")
+    index = directory / INDEX
+    if index.exists():
+        return _sharded(directory, index)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"checkpoint {directory} holds no *.safetensors file: convert its weights with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - not a dict
+
+
+def _sharded(directory: Path, index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is no safetensors index ({error!r}): download it again") from error
+    missing = sorted({file for file in weight_map.values() if not (directory / file).exists()})
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {directory} lacks {len(missing)} of the files that {INDEX} names "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): download them"
+        )
+    return {name: directory / file for name, file in weight_map.items()}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error}): download it again") from error
