@@ -14,7 +14,7 @@ PROTOCOL = 1
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Verifier -> drafter, first frame of an epoch. hidden: width of a context feature. dtype: of the rows.
 
-    token: the shared secret. tensor_transport: "tcp" | "torch". store_port: TCPStore port of the torch plane, 0 for tcp.
+    token: the shared secret. tensor_transport: "tcp" | "torch". store_port: TCPStore of the torch plane, 0 for tcp.
     """
 
     protocol: int

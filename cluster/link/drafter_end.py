@@ -1,0 +1,261 @@
+"""The drafter's end of its links: listens, admits verifiers, turns their frames into calls of one handler.
+
+A thread a connection reads; answers are written by whoever has them and never wait: a verifier that does not read, or
+sends what is no frame, loses its own connection, and the others notice nothing.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from cluster.errors import LinkError, PacelineError, ProtocolError
+from cluster.link.connection import MAX_CONTROL_BYTES, Connection
+from cluster.link.face import DrafterHandler
+from cluster.link.messages import (
+    PROTOCOL,
+    Ack,
+    Append,
+    Close,
+    Credit,
+    Draft,
+    DraftAnswer,
+    Drafted,
+    Evicted,
+    FromVerifier,
+    Heartbeat,
+    Hello,
+    Refused,
+)
+from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver
+from cluster.link.pump import Pump
+from cluster.link.torch_plane import TorchMeeting
+from cluster.wire import Codec
+
+log = logging.getLogger(__name__)
+
+
+class LinkedPeer:
+    """One epoch of one verifier. Sends are dropped once the connection is closed."""
+
+    def __init__(self, hello: Hello, connection: Connection[FromVerifier], codec: Codec[FromVerifier]):
+        self.hello = hello
+        self.link_id = f"{hello.verifier_id}#{hello.epoch}@{id(connection):x}"
+        self.connection = connection
+        self._codec = codec
+
+    def answer(self, answers: Sequence[DraftAnswer]) -> None:
+        self.connection.send(self._codec.pack(Drafted(tuple(answers))))
+
+    def ack(self, context_id: str, watermark: int) -> None:
+        """Leaves with the next answer or heartbeat: nobody waits for it."""
+        self.connection.send(self._codec.pack(Ack(context_id, watermark)), hold=True)
+
+    def evicted(self, context_id: str) -> None:
+        self.connection.send(self._codec.pack(Evicted(context_id)))
+
+
+class DrafterServer:
+    """Serves a DrafterHandler on host:port (0 = any free one; see `address`). All times in seconds.
+
+    load: the Heartbeat to send, called by a background thread every heartbeat_s. max_links: connections at once, those
+    that have not said hello included. max_queued_bytes: answers that wait for one verifier to read them.
+    Raises OSError if the port cannot be had.
+    """
+
+    def __init__(
+        self,
+        handler: DrafterHandler,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str = "",
+        heartbeat_s: float = 0.5,
+        hard_deadline_s: float = 3.0,
+        device: str = "cpu",
+        load: Callable[[], Heartbeat] = Heartbeat,
+        max_links: int = 256,
+        max_queued_bytes: int = 4 << 20,
+    ):
+        self._handler = handler
+        self._token = token.encode()
+        self._hard_deadline = hard_deadline_s
+        self._device = device
+        self._load = load
+        self._max_links = max_links
+        self._max_queued = max_queued_bytes
+        self._codec: Codec[FromVerifier] = Codec(FromVerifier, MAX_CONTROL_BYTES)
+        self._lock = threading.Lock()
+        self._connections: dict[Connection[FromVerifier], threading.Thread] = {}
+        self._peers: dict[str, LinkedPeer] = {}
+        self._stopping = False
+        self.counters: Counter[str] = Counter(linked=0, lost=0, refused=0, protocol_errors=0, queue_overflows=0)
+        self._listener = socket.create_server((host, port), family=_family(host), backlog=64)
+        self.address = _address(self._listener)
+        self._pump = Pump("drafter-pump", heartbeat_s, hard_deadline_s, self._beat)
+        self._acceptor = threading.Thread(target=self._accept, name="drafter-accept", daemon=True)
+        self._acceptor.start()
+
+    def stop(self) -> None:
+        """Close every link (the handler hears `lost` for each) and end all threads."""
+        with self._lock:
+            self._stopping = True
+            connections = dict(self._connections)
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        except OSError as error:
+            log.debug("the listener was down already: %s", error)
+        for connection in connections:
+            connection.close("the drafter stops")
+        self._acceptor.join(self._hard_deadline)
+        for thread in connections.values():
+            thread.join(self._hard_deadline + 1)
+        self._listener.close()
+        self._pump.stop()
+
+    def _accept(self) -> None:
+        while not self._stopping:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if not self._stopping:
+                    log.warning("accepting a verifier failed: %s", error)
+                    threading.Event().wait(0.05)  # out of file descriptors: let some go
+                continue
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        connection: Connection[FromVerifier] = Connection(sock, self._codec, self._max_queued, self._pump.wake)
+        thread = threading.Thread(target=self._serve, args=(connection,), name="drafter-reader", daemon=True)
+        with self._lock:
+            if self._stopping or len(self._connections) >= self._max_links:
+                connection.release()
+                return
+            self._connections[connection] = thread
+        thread.start()
+
+    def _beat(self) -> bytes:
+        try:
+            return self._codec.pack(self._load())
+        except Exception:
+            log.exception("the load callback failed; the heartbeat goes out without a load")
+            return self._codec.pack(Heartbeat())
+
+    # One connection, on its own thread.
+
+    def _serve(self, connection: Connection[FromVerifier]) -> None:
+        peer = None
+        plane: RowReceiver | None = None
+        try:
+            connection.deadline_in(self._hard_deadline)
+            peer, plane = self._welcome(connection)
+            connection.silence_after(self._hard_deadline)
+            self._pump.watch(connection)
+            self.counters["linked"] += 1
+            log.info("linked to verifier %s, epoch %d", peer.hello.verifier_id, peer.hello.epoch)
+            self._handler.linked(peer)
+            while True:
+                self._take(peer, plane, connection.receive())
+        except (OSError, PacelineError) as error:
+            self._note(peer, connection, error)
+        except Exception as error:
+            log.exception("the drafter's handler failed; its link to this verifier ends")
+            self._note(peer, connection, error)
+        finally:
+            self._leave(peer, plane, connection)
+
+    def _welcome(self, connection: Connection[FromVerifier]) -> tuple[LinkedPeer, RowReceiver]:
+        """Answer the hello. Raises LinkError after a Refused."""
+        hello = connection.receive()
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"the first frame is a {type(hello).__name__}, not a Hello")
+        peer = LinkedPeer(hello, connection, self._codec)
+        try:
+            self._check(hello)
+            welcome = self._handler.hello(hello)
+            self._replace(peer)
+        except LinkError as error:
+            self.counters["refused"] += 1
+            connection.send(self._codec.pack(Refused(str(error))))
+            raise
+        connection.send(self._codec.pack(welcome))
+        if hello.tensor_transport == "tcp":
+            return peer, TcpReceiver(connection, hello, self._device)
+        meeting = TorchMeeting.join(
+            connection.peer_host, connection.local_host, hello, self._hard_deadline, self._device
+        )
+        return peer, meeting.receiver(connection, lambda size: self._grant(connection, size))
+
+    def _grant(self, connection: Connection[FromVerifier], size: int) -> None:
+        connection.send(self._codec.pack(Credit(size)))
+
+    def _check(self, hello: Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            raise LinkError(f"protocol is {hello.protocol}, this drafter speaks {PROTOCOL}: upgrade the older end")
+        if not hmac.compare_digest(hello.token.encode(), self._token):
+            raise LinkError("token differs from this drafter's: set the same link token on both ends")
+        if hello.dtype not in DTYPES:
+            raise LinkError(f"dtype is {hello.dtype!r}, this drafter takes {', '.join(DTYPES)}")
+        if not 1 <= hello.hidden <= MAX_HIDDEN:
+            raise LinkError(f"hidden is {hello.hidden}, not in 1..{MAX_HIDDEN}")
+        if hello.tensor_transport not in ("tcp", "torch"):
+            raise LinkError(f"tensor_transport is {hello.tensor_transport!r}, this drafter takes 'tcp' and 'torch'")
+        if hello.tensor_transport == "torch" and not 0 < hello.store_port < 1 << 16:
+            raise LinkError(f"store_port is {hello.store_port}: not a port")
+
+    def _replace(self, peer: LinkedPeer) -> None:
+        """A verifier has one link: a newer epoch ends the one it has outlived, an older one came too late."""
+        with self._lock:
+            earlier = self._peers.get(peer.hello.verifier_id)
+            if earlier is not None and earlier.hello.epoch > peer.hello.epoch:
+                raise LinkError(f"epoch is {peer.hello.epoch}, this verifier is linked in epoch {earlier.hello.epoch}")
+            self._peers[peer.hello.verifier_id] = peer
+        if earlier is not None:
+            earlier.connection.close("the verifier came back with a new epoch")
+
+    def _take(self, peer: LinkedPeer, plane: RowReceiver, message: FromVerifier) -> None:
+        match message:
+            case Append():
+                for append, rows in plane.receive(message):
+                    self._handler.append(peer, append.context_id, append.start, rows)
+            case Draft():
+                self._handler.draft(peer, message)
+            case Close():
+                self._handler.close_contexts(peer, message.context_ids)
+            case Heartbeat():
+                return
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} in the middle of an epoch")
+
+    def _note(self, peer: LinkedPeer | None, connection: Connection[FromVerifier], error: Exception) -> None:
+        self.counters["protocol_errors"] += isinstance(error, ProtocolError)
+        self.counters["queue_overflows"] += connection.overflowed
+        if not self._stopping:
+            who = f"verifier {peer.hello.verifier_id}, epoch {peer.hello.epoch}" if peer else "a connection"
+            log.warning("%s ended: %s", who, connection.reason or error)
+
+    def _leave(self, peer: LinkedPeer | None, plane: RowReceiver | None, connection: Connection[FromVerifier]) -> None:
+        self._pump.forget(connection)
+        connection.release()
+        if plane is not None:
+            plane.close()
+        with self._lock:
+            self._connections.pop(connection, None)
+            if peer is not None and self._peers.get(peer.hello.verifier_id) is peer:
+                del self._peers[peer.hello.verifier_id]
+        if peer is not None and plane is not None:
+            self.counters["lost"] += 1
+            self._handler.lost(peer)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,107 @@
+"""Tensor planes: how the rows announced by Append frames reach the drafter. One pair of faces, one file a transport.
+
+A plane lives as long as its epoch. Rows are [count, hidden] of the dtype that the Hello fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from cluster.errors import ProtocolError
+from cluster.link.connection import Connection
+from cluster.link.messages import Append, FromDrafter, FromVerifier, Hello
+from cluster.wire import Codec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_ROWS_BYTES = 16 << 20  # of one Append; longer ones are split by the sender
+MAX_HIDDEN = 1 << 16
+
+
+class RowSender(Protocol):
+    """The verifier's end of a tensor plane."""
+
+    queued_bytes: int
+    sent_bytes: int
+
+    def send(self, append: Append, rows: torch.Tensor) -> None:
+        """Announce and send rows [count, hidden]; never blocks. A failure closes the connection."""
+
+    def granted(self, size: int) -> None:
+        """The peer gave credit for `size` bytes. Called by the reading thread only."""
+
+    def close(self) -> None: ...
+
+
+class RowReceiver(Protocol):
+    """The drafter's end of a tensor plane."""
+
+    def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
+        """The rows of `append`, and of Appends right behind it where the plane fetches several at once, in order.
+
+        Raises ProtocolError for a header that cannot be, ConnectionError or TimeoutError if the rows do not come.
+        """
+
+    def close(self) -> None: ...
+
+
+def row_bytes(hidden: int, dtype: torch.dtype) -> int:
+    return hidden * dtype.itemsize
+
+
+def check_append(append: Append, bytes_per_row: int) -> int:
+    """Bytes of the rows. Raises ProtocolError for counts and positions outside their limits."""
+    size = append.count * bytes_per_row
+    if append.count < 1 or size > MAX_ROWS_BYTES:
+        raise ProtocolError(f"append.count is {append.count}: {size} bytes of rows are not in 1..{MAX_ROWS_BYTES}")
+    if not 0 <= append.start < 1 << 48:
+        raise ProtocolError(f"append.start is {append.start}: not a token position")
+    return size
+
+
+class TcpSender:
+    """Rows ride on the control connection, right behind their Append: one sendmsg, no copy on a free line."""
+
+    def __init__(self, connection: Connection[FromDrafter], codec: Codec[FromDrafter], dtype: torch.dtype):
+        self._connection = connection
+        self._codec = codec
+        self._dtype = dtype
+        self.queued_bytes = 0  # all rows count as the connection's
+        self.sent_bytes = 0
+
+    def send(self, append: Append, rows: torch.Tensor) -> None:
+        data = rows.detach().to("cpu", self._dtype).contiguous()
+        self._connection.send(self._codec.pack(append), as_bytes(data), hold=True)
+
+    def granted(self, size: int) -> None:
+        raise ProtocolError(f"credit for {size} bytes on a tensor plane that needs none")
+
+    def close(self) -> None:
+        return
+
+
+class TcpReceiver:
+    """Reads rows straight into the memory of their tensor."""
+
+    def __init__(self, connection: Connection[FromVerifier], hello: Hello, device: str):
+        self._connection = connection
+        self._hidden = hello.hidden
+        self._dtype = DTYPES[hello.dtype]
+        self._row_bytes = row_bytes(hello.hidden, self._dtype)
+        self._device = device
+
+    def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
+        data = torch.empty(check_append(append, self._row_bytes), dtype=torch.uint8)
+        self._connection.receive_into(as_bytes(data))
+        yield append, data.view(self._dtype).view(append.count, self._hidden).to(self._device)
+
+    def close(self) -> None:
+        return
+
+
+def as_bytes(data: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = data.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

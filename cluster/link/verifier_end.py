@@ -1,0 +1,345 @@
+"""The verifier's end of a link: one drafter at a time, found and found again in the background.
+
+The engine's thread records, queues and waits on a condition; it never waits for the network. One thread dials and
+reads, the pump's thread beats and writes what the kernel had no room for.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from cluster.errors import ConfigError, LinkError, PacelineError, ProtocolError
+from cluster.link.answers import AnswerBook
+from cluster.link.candidates import Candidates
+from cluster.link.connection import MAX_CONTROL_BYTES, Connection
+from cluster.link.face import LinkState
+from cluster.link.messages import (
+    PROTOCOL,
+    Ack,
+    Append,
+    Close,
+    Credit,
+    Draft,
+    DraftAnswer,
+    DraftAsk,
+    Drafted,
+    Evicted,
+    FromDrafter,
+    Heartbeat,
+    Hello,
+    Refused,
+    Welcome,
+)
+from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, RowSender, TcpSender, row_bytes
+from cluster.link.pump import Pump
+from cluster.link.torch_plane import TorchMeeting
+from cluster.wire import Codec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One epoch."""
+
+    epoch: int
+    address: str
+    connection: Connection[FromDrafter]
+    plane: RowSender
+    welcome: Welcome
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.connection.sent_bytes + self.plane.sent_bytes
+
+
+class RemoteLink:
+    """A VerifierLink over TCP. All times in seconds.
+
+    hidden, dtype: width and wire dtype ("float32", "bfloat16", "float16") of a context feature. tensor_transport: "tcp"
+    or "torch" (gloo on CPU, NCCL on CUDA). max_queued_bytes: bound of what waits for a slow drafter; over it the epoch
+    ends. Raises ConfigError for settings that cannot work; afterwards nothing raises because of the peer.
+    """
+
+    def __init__(
+        self,
+        *,
+        verifier_id: str,
+        target_fingerprint: str,
+        feature_version: str,
+        hidden: int,
+        vocabulary: int,
+        token: str,
+        dtype: str = "float32",
+        tensor_transport: str = "tcp",
+        heartbeat_s: float = 0.5,
+        hard_deadline_s: float = 3.0,
+        device: str = "cpu",
+        max_queued_bytes: int = 256 << 20,
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(f"link.dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        if tensor_transport not in ("tcp", "torch"):
+            raise ConfigError(f"link.tensor_transport is {tensor_transport!r}: choose 'tcp' or 'torch'")
+        self._hello = Hello(
+            protocol=PROTOCOL,
+            verifier_id=verifier_id,
+            epoch=0,
+            token=token,
+            target_fingerprint=target_fingerprint,
+            feature_version=feature_version,
+            hidden=hidden,
+            vocabulary=vocabulary,
+            dtype=dtype,
+            tensor_transport=tensor_transport,
+        )
+        self._rows_per_append = max(1, MAX_ROWS_BYTES // row_bytes(hidden, DTYPES[dtype]))
+        self._device = device
+        self._hard_deadline = hard_deadline_s
+        self._max_queued = max_queued_bytes
+        self._codec: Codec[FromDrafter] = Codec(FromDrafter, MAX_CONTROL_BYTES)
+        self._book = AnswerBook(vocabulary)
+        self._counters: Counter[str] = Counter(epochs_ended=0, refused=0, queue_overflows=0, protocol_errors=0, acks=0)
+        self._changed = threading.Condition(threading.Lock())
+        self._candidates = Candidates()
+        self._complaints: set[tuple[str, str]] = set()
+        self._session: _Session | None = None
+        self._last: _Session | None = None
+        self._dialling: Connection[FromDrafter] | None = None
+        self._epoch = 0
+        self._sent_before = 0
+        self._stopping = False
+        self.drafter_load = Heartbeat()
+        heartbeat = self._codec.pack(Heartbeat())
+        self._pump = Pump("link-pump", heartbeat_s, hard_deadline_s, lambda: heartbeat)
+        self._thread = threading.Thread(target=self._run, name="link-reader", daemon=True)
+        self._thread.start()
+
+    # The engine's calls.
+
+    @property
+    def state(self) -> LinkState:
+        session, last = self._session, self._last
+        if last is None:
+            return LinkState(linked=False, epoch=0, sent_bytes=self._sent_before)
+        return LinkState(
+            linked=session is not None,
+            epoch=last.epoch,
+            drafter_id=last.welcome.drafter_id,
+            drafter_version=last.welcome.drafter_version,
+            block_size=last.welcome.block_size,
+            window=last.welcome.window,
+            sent_bytes=self._sent_before + (session.sent_bytes if session else 0),
+        )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Answers taken and dropped, epochs ended and why: see AnswerBook for the answers'."""
+        return {**self._counters, **self._book.counters}
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits for the drafter to read it: the measure by which re-appends after a new epoch are rationed."""
+        session = self._session
+        return session.connection.queued_bytes + session.plane.queued_bytes if session else 0
+
+    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+        """Send context features [count, hidden]. They leave with the next ask, heartbeat or 64 KiB."""
+        session = self._session
+        if session is None:
+            return
+        count = features.shape[0]
+        for first in range(0, count, self._rows_per_append):
+            rows = features[first : first + self._rows_per_append]
+            session.plane.send(Append(context_id, start + first, rows.shape[0]), rows)
+
+    def ask(self, asks: Sequence[DraftAsk]) -> None:
+        session = self._session
+        self._book.asked(asks, session.epoch if session else 0)
+        if session is not None and asks:
+            session.connection.send(self._codec.pack(Draft(tuple(asks))))
+
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+        return self._book.collect(asks, timeout_s)
+
+    def close_contexts(self, context_ids: Sequence[str]) -> None:
+        self._book.close(context_ids)
+        session = self._session
+        if session is not None and context_ids:
+            session.connection.send(self._codec.pack(Close(tuple(context_ids))))
+
+    def evicted(self) -> list[str]:
+        return self._book.take_evicted()
+
+    def set_drafters(self, addresses: Sequence[str]) -> None:
+        with self._changed:
+            self._candidates.replace(addresses)
+            session = self._session
+            self._changed.notify_all()
+        if session is not None and session.address not in addresses:
+            session.connection.close("its address is no longer among the candidates")
+
+    def stop(self) -> None:
+        """End the epoch and both threads. Takes at most about the hard deadline, usually milliseconds."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            connections = [self._dialling, self._session.connection if self._session else None]
+        for connection in connections:
+            if connection is not None:
+                connection.close("this end stops")
+        self._thread.join(self._hard_deadline + 1)
+        self._pump.stop()
+
+    # The reading thread.
+
+    def _run(self) -> None:
+        while (address := self._next_address()) is not None:
+            try:
+                session = self._dial(address)
+            except (OSError, PacelineError) as error:
+                self._failed(address, error)
+            else:
+                self._serve(session)
+
+    def _next_address(self) -> str | None:
+        """Waits for a candidate and its back-off; None when stopping."""
+        started = time.monotonic()
+        with self._changed:
+            choice = self._candidates.next()
+            while not self._stopping:
+                left = None if choice is None else started + choice[1] - time.monotonic()
+                if choice is not None and left is not None and left <= 0:
+                    return choice[0]
+                if self._changed.wait(left):
+                    choice = self._candidates.next()
+        return None
+
+    def _dial(self, address: str) -> _Session:
+        host, port = parse_address(address)
+        sock = socket.create_connection((host, port), timeout=min(self._hard_deadline, 2.0))
+        connection = Connection(sock, self._codec, self._max_queued, self._pump.wake)
+        with self._changed:
+            self._dialling = connection
+            stopping = self._stopping
+        try:
+            if stopping:
+                raise LinkError("this end stops")
+            connection.deadline_in(self._hard_deadline)
+            epoch = self._epoch + 1
+            hello = msgspec.structs.replace(self._hello, epoch=epoch)
+            meeting = None
+            if hello.tensor_transport == "torch":
+                meeting = TorchMeeting.host(connection.local_host, hello, self._hard_deadline, self._device)
+                hello = meeting.hello
+            connection.send(self._codec.pack(hello))
+            welcome = self._welcomed(connection)
+            plane: RowSender
+            if meeting is not None:
+                plane = meeting.sender(connection, self._codec, self._max_queued)
+            else:
+                plane = TcpSender(connection, self._codec, DTYPES[hello.dtype])
+            connection.silence_after(self._hard_deadline)
+            return _Session(epoch, address, connection, plane, welcome)
+        except BaseException:
+            connection.release()
+            raise
+        finally:
+            with self._changed:
+                self._dialling = None
+
+    def _welcomed(self, connection: Connection[FromDrafter]) -> Welcome:
+        first = connection.receive()
+        if isinstance(first, Refused):
+            self._counters["refused"] += 1
+            raise LinkError(f"refused: {first.reason[:500]}")
+        if not isinstance(first, Welcome):
+            raise ProtocolError(f"the first frame is a {type(first).__name__}, not a Welcome")
+        if first.block_size < 1 or first.window < 1:
+            raise ProtocolError(
+                f"welcome has block_size {first.block_size} and window {first.window}: both must be > 0"
+            )
+        return first
+
+    def _serve(self, session: _Session) -> None:
+        began = time.monotonic()
+        self._begin(session)
+        try:
+            while True:
+                self._take(session, session.connection.receive())
+        except (OSError, PacelineError) as error:
+            if isinstance(error, ProtocolError):
+                self._counters["protocol_errors"] += 1
+            self._end(session, error, time.monotonic() - began)
+
+    def _begin(self, session: _Session) -> None:
+        self._book.begin(session.epoch)
+        with self._changed:
+            self._epoch = session.epoch
+            self._last = self._session = session
+            unwanted = self._stopping or session.address not in self._candidates
+            self._complaints.clear()
+        self._pump.watch(session.connection)
+        if unwanted:
+            session.connection.close("its address is no longer among the candidates")
+        log.info("linked to drafter %s at %s, epoch %d", session.welcome.drafter_id, session.address, session.epoch)
+
+    def _take(self, session: _Session, message: FromDrafter) -> None:
+        match message:
+            case Drafted():
+                self._book.deliver(message.answers)
+            case Ack():
+                self._counters["acks"] += 1
+            case Heartbeat():
+                self.drafter_load = message
+            case Credit():
+                session.plane.granted(message.bytes)
+            case Evicted():
+                self._book.evict(message.context_id)
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} in the middle of an epoch")
+
+    def _end(self, session: _Session, error: Exception, lasted: float) -> None:
+        reason = session.connection.reason or str(error)
+        with self._changed:
+            self._session = None
+            self._sent_before += session.sent_bytes
+            self._counters["epochs_ended"] += 1
+            self._counters["queue_overflows"] += session.connection.overflowed
+            if lasted > self._hard_deadline:
+                self._candidates.proved(session.address)
+            self._candidates.failed(session.address)
+            stopping = self._stopping
+        self._book.end()
+        self._pump.forget(session.connection)
+        session.connection.release()
+        session.plane.close()
+        if not stopping:
+            log.warning("epoch %d with the drafter at %s ended: %s", session.epoch, session.address, reason)
+
+    def _failed(self, address: str, error: Exception) -> None:
+        with self._changed:
+            self._candidates.failed(address)
+            complaint = (address, str(error))
+            known = complaint in self._complaints or self._stopping
+            if len(self._complaints) < 1000:
+                self._complaints.add(complaint)
+        if not known:
+            log.warning("no link to the drafter at %s: %s; trying again", address, error)
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """ "host:port" or "[v6]:port". Raises LinkError for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise LinkError(f"drafter address {address!r} is not host:port")
+    return host.strip("[]"), int(port)
