@@ -245,8 +245,8 @@ class DrafterServer:
             plane.close()
         with self._lock:
             self._connections.pop(connection, None)
-            if peer is not None and self._peers.get(peer.hello.verifier_id) is peer:
-                del self._peers[peer.hello.verifier_id]
+            # Not by `peer`: a hello may have got as far as the table and failed after.
+            self._peers = {name: each for name, each in self._peers.items() if each.connection is not connection}
         if peer is not None and plane is not None:
             self.counters["lost"] += 1
             self._handler.lost(peer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cluster.errors import ProtocolError
@@ -73,7 +74,8 @@ class TcpSender:
 
     def send(self, append: Append, rows: torch.Tensor) -> None:
         data = rows.detach().to("cpu", self._dtype).contiguous()
-        self._connection.send(self._codec.pack(append), as_bytes(data), hold=True)
+        array: Any = data.view(torch.uint8).numpy().reshape(-1)
+        self._connection.send(self._codec.pack(append), memoryview(array), hold=True)
 
     def granted(self, size: int) -> None:
         raise ProtocolError(f"credit for {size} bytes on a tensor plane that needs none")
@@ -93,15 +95,10 @@ class TcpReceiver:
         self._device = device
 
     def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
-        data = torch.empty(check_append(append, self._row_bytes), dtype=torch.uint8)
-        self._connection.receive_into(as_bytes(data))
-        yield append, data.view(self._dtype).view(append.count, self._hidden).to(self._device)
+        array: Any = np.empty(check_append(append, self._row_bytes), np.uint8)
+        self._connection.receive_into(memoryview(array))
+        rows = torch.frombuffer(array, dtype=self._dtype).view(append.count, self._hidden)
+        yield append, rows if self._device == "cpu" else rows.to(self._device)
 
     def close(self) -> None:
         return
-
-
-def as_bytes(data: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    array: Any = data.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)

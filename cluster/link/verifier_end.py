@@ -153,11 +153,19 @@ class RemoteLink:
         return session.connection.queued_bytes + session.plane.queued_bytes if session else 0
 
     def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
-        """Send context features [count, hidden]. They leave with the next ask, heartbeat or 64 KiB."""
+        """Send context features [count, hidden]. They leave with the next ask, heartbeat or 64 KiB.
+
+        The caller's memory is free for reuse on return. Raises ValueError for rows of another width.
+        """
         session = self._session
         if session is None:
             return
-        count = features.shape[0]
+        count, hidden = features.shape
+        if hidden != self._hello.hidden:
+            raise ValueError(f"features are {hidden} wide, this link carries rows of {self._hello.hidden}")
+        if 0 < count <= self._rows_per_append:
+            session.plane.send(Append(context_id, start, count), features)
+            return
         for first in range(0, count, self._rows_per_append):
             rows = features[first : first + self._rows_per_append]
             session.plane.send(Append(context_id, start + first, rows.shape[0]), rows)
