@@ -1,0 +1,1 @@
+"""The shipped tiny pair and the scripts that built it."""
