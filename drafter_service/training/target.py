@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ class TrainingTarget:
             raise FileNotFoundError(f"--target {str(directory)!r} holds no config.json: give a checkpoint directory")
         self.directory, self.device = directory, device
         self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-        self.model: nn.Module = model.to(device).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        self.model: Any = model.to(device).eval().requires_grad_(False)
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Module = model.get_output_embeddings()
         self.config = model.config.get_text_config()
@@ -70,7 +71,7 @@ class TrainingTarget:
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int, temperature: float) -> list[list[int]]:
         """Prompts [N, P] of one length and what the target writes after them; rows may run on past their end."""
-        output = self.model.generate(  # type: ignore[operator]
+        output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,

@@ -110,9 +110,9 @@ class Trainer:
         self.target, self.config, self.recipe, self.out = target, config, recipe, out
         torch.manual_seed(recipe.seed)
         self.model = DFlashModel(config).to(target.device)
-        for layer in self.model.layers:  # the residual branches start small
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                torch.nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, parameter in self.model.named_parameters():  # the residual branches start small
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(

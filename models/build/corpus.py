@@ -49,7 +49,7 @@ def texts(held_out: bool) -> list[str]:
 
 def chats(held_out: bool) -> list[tuple[str, str]]:
     """(request, answer) pairs made of documented functions: the docstring's first line asks, the source answers."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for text in texts(held_out):
         pairs.extend(_functions(text))
     return pairs

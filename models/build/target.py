@@ -12,6 +12,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -54,7 +55,7 @@ def config(tokenizer: Tokenizer) -> Qwen3_5MoeTextConfig:
 
 def encode(tokenizer: Tokenizer, held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token streams (files, chats) of one side of the split, each document ended by end-of-text."""
-    end = [tokenizer.token_to_id(tokens.END_OF_TEXT)]
+    end: list[int] = [tokenizer.token_to_id(tokens.END_OF_TEXT)]  # type: ignore[list-item]
     streams = []
     for documents in (corpus.texts(held_out), [tokens.render_chat(*pair) for pair in corpus.chats(held_out)]):
         random.Random(SEED).shuffle(documents)
@@ -69,7 +70,8 @@ class Windows:
     """Random windows without replacement: every epoch cuts the stream at a new offset and shuffles the pieces."""
 
     def __init__(self, stream: torch.Tensor, generator: torch.Generator):
-        self.stream, self.generator, self.order = stream, generator, []
+        self.stream, self.generator = stream, generator
+        self.order: list[int] = []
 
     def next(self) -> torch.Tensor:
         if not self.order:
@@ -117,7 +119,7 @@ def train(out: Path, work: Path, threads: int) -> None:
     generator = torch.Generator().manual_seed(SEED)
     model = Qwen3_5MoeForCausalLM(config(tokenizer))
     optimizer = optimizer_for(model)
-    state = {"step": 0, "seconds": 0.0, "log": []}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
     checkpoint = work / "checkpoint.pt"
     work.mkdir(parents=True, exist_ok=True)
     sources = Windows(files, generator), Windows(dialogues, generator)
@@ -177,7 +179,8 @@ def train(out: Path, work: Path, threads: int) -> None:
 
 def export(model: Qwen3_5MoeForCausalLM, out: Path) -> None:
     """Write the weights in bf16 and the config without the training-only router outputs."""
-    served = Qwen3_5MoeForCausalLM(model.config).to(torch.bfloat16)
+    served: Any = Qwen3_5MoeForCausalLM(model.config)
+    served.to(torch.bfloat16)
     served.load_state_dict(model.state_dict())
     served.config.output_router_logits = False
     served.save_pretrained(out)

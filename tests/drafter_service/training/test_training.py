@@ -180,7 +180,7 @@ def test_continuations_are_the_targets_own_and_end_at_the_stop_token(target: Tra
     assert sorted(s.ids[: s.answer_start] for s in made) == sorted(p.ids for p in prompts)
     for sequence in made:
         prompt = torch.tensor([sequence.ids[: sequence.answer_start]])
-        text = target.model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()  # type: ignore[operator]
+        text = target.model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
         assert tuple(text[: len(sequence.ids)]) == sequence.ids
 
 
