@@ -41,7 +41,7 @@ class Codec(Generic[T]):
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"not a frame of this protocol: {error}") from error
 
-    def check_length(self, header: bytes) -> int:
+    def check_length(self, header: bytes | bytearray) -> int:
         (length,) = LENGTH.unpack(header)
         if not 0 < length <= self.max_bytes:
             raise ProtocolError(f"frame length {length} is not in 1..{self.max_bytes}")

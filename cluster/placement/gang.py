@@ -1,0 +1,108 @@
+"""A gang: the model processes of one replica, placed bundle by bundle, that live and die together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.errors import PacelineError
+from cluster.placement.process import Main, ServiceActor
+
+
+class GangError(PacelineError):
+    """A member did not start, died or stopped answering; names the rank and why."""
+
+
+class Gang:
+    """One process per entry of `resources`, rank i in bundle i + 1 (bundle 0 is the replica's own).
+
+    Must be made inside a replica with a placement group. Holds the only handles: when this object's process dies, Ray
+    ends the members; `kill` does it at once.
+    """
+
+    def __init__(self, resources: Sequence[dict[str, float]], preload: tuple[str, ...], threads: int):
+        group = ray.util.get_current_placement_group()
+        if group is None:
+            raise GangError("a gang needs the placement group of its replica; the deployment has no bundles")
+        self._processes: list[Any] = [
+            ServiceActor.options(
+                num_cpus=wanted.get("CPU", 0),
+                num_gpus=wanted.get("GPU", 0),
+                resources={name: count for name, count in wanted.items() if name not in ("CPU", "GPU")},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
+            ).remote(preload, threads)
+            for rank, wanted in enumerate(resources)
+        ]
+        self._runs: list[Any] = []
+
+    async def rendezvous(self, timeout_s: float) -> tuple[str, int]:
+        """Host of rank 0 and a port that is free there."""
+        first = self._processes[0]
+        return await self._within(asyncio.gather(first.host.remote(), first.free_port.remote()), timeout_s, 0)
+
+    async def start(self, main: Callable[[int], Main], timeout_s: float) -> list[str]:
+        """Run main(rank) everywhere; what each reported when ready. Raises GangError as soon as any fails."""
+        self._runs = [process.run.remote(main(rank)) for rank, process in enumerate(self._processes)]
+        ready = asyncio.gather(*(self._ready(rank, timeout_s) for rank in range(len(self._processes))))
+        ended = asyncio.ensure_future(self.ended())
+        try:
+            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() and not ready.done():
+                raise GangError(ended.result())
+            return list(await ready)
+        finally:
+            ready.cancel()
+            ended.cancel()
+
+    async def ended(self) -> str:
+        """Waits until any member's main function is over, whatever the cause: which rank, and why."""
+        watches = {asyncio.ensure_future(_outcome(run)): rank for rank, run in enumerate(self._runs)}
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for watch in watches:
+                watch.cancel()
+        first = min(done, key=lambda watch: watches[watch])
+        return f"rank {watches[first]} {first.result()}"
+
+    async def ping(self, timeout_s: float) -> None:
+        """Raises GangError naming the rank that does not answer in time."""
+        pings = (self._within(process.ping.remote(), timeout_s, rank) for rank, process in enumerate(self._processes))
+        await asyncio.gather(*pings)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            ray.kill(process, no_restart=True)
+
+    async def _ready(self, rank: int, timeout_s: float) -> str:
+        return await self._within(self._processes[rank].ready.remote(timeout_s), timeout_s + 5, rank)
+
+    async def _within(self, call: Any, timeout_s: float, rank: int) -> Any:
+        try:
+            return await asyncio.wait_for(_awaitable(call), timeout_s)
+        except TimeoutError as error:
+            raise GangError(f"rank {rank} did not answer within {timeout_s:g} s") from error
+        except ray.exceptions.RayError as error:
+            raise GangError(f"rank {rank} {_reason(error)}") from error
+
+
+async def _outcome(run: Any) -> str:
+    try:
+        await run
+    except ray.exceptions.RayError as error:
+        return _reason(error)
+    return "left its loop"
+
+
+async def _awaitable(call: Any) -> Any:
+    return await call
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return f"failed: {error.cause!r}" if error.cause is not None else f"failed: {error}"
+    return f"died ({type(error).__name__})"
