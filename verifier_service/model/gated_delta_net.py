@@ -1,0 +1,195 @@
+"""Gated DeltaNet over ragged batches: verify rows and prefill chunks of many slots in one flat step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling.parallel import RankGroup
+from verifier_service.model.delta_rule import one_block, one_token, unit
+from verifier_service.model.recurrent_state import RecurrentStates, Verified
+from verifier_service.model.step import PrefillPart, Step, VerifyWindow
+
+ChunkRule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class DeltaNetWeights:
+    """One layer's tensors on this rank; names and meanings are transformers'."""
+
+    in_proj_qkv: torch.Tensor
+    in_proj_z: torch.Tensor
+    in_proj_b: torch.Tensor
+    in_proj_a: torch.Tensor
+    conv1d: torch.Tensor  # [channels, 1, kernel]
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm: torch.Tensor
+    out_proj: torch.Tensor
+
+
+class RaggedGatedDeltaNet(nn.Module):
+    """Replaces transformers' GatedDeltaNet. Reads and writes the states of step.states at index `state_layer`.
+
+    A verify of one token a row commits at once (its outcome is certain); longer ones are kept for the next commit.
+    """
+
+    def __init__(
+        self,
+        weights: DeltaNetWeights,
+        *,
+        state_layer: int,
+        key_dim: int,
+        value_dim: int,
+        norm_eps: float,
+        chunk_rule: ChunkRule,
+        ranks: RankGroup,
+    ):
+        super().__init__()
+        self.state_layer, self.key_dim, self.value_dim = state_layer, key_dim, value_dim
+        self.norm_eps, self.chunk_rule, self.ranks = norm_eps, chunk_rule, ranks
+        self.heads = weights.A_log.shape[0]
+        self.channels = weights.in_proj_qkv.shape[0]
+        self.key_heads = (self.channels - self.heads * value_dim) // (2 * key_dim)
+        # One product for everything that reads the layer's input.
+        self.in_proj = _frozen(
+            torch.cat([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
+        )
+        self.conv = _frozen(weights.conv1d.squeeze(1).t().contiguous())  # [kernel, channels]
+        self.negative_rate = _frozen(-weights.A_log.float().exp())
+        self.dt_bias = _frozen(weights.dt_bias.float())
+        self.norm, self.out_proj = _frozen(weights.norm), _frozen(weights.out_proj)
+
+    def forward(self, hidden_states: torch.Tensor, *, step: Step, **_: Any) -> torch.Tensor:
+        """[1, tokens, hidden] -> the same, summed over ranks."""
+        assert step.states is not None, "a hybrid model needs recurrent states"
+        width = self.heads * self.value_dim
+        mixed, gate, b, a = F.linear(hidden_states[0], self.in_proj).split(
+            [self.channels, width, self.heads, self.heads], dim=-1
+        )
+        beta = torch.sigmoid(b.float())
+        log_decay = F.softplus(a.float() + self.dt_bias).mul_(self.negative_rate)
+        outputs = []
+        if step.verify is not None:
+            count = step.verify.tokens
+            run = self._verify_one if step.verify.longest == 1 else self._verify_block
+            outputs.append(run(step.states, step.verify, mixed[:count], log_decay[:count], beta[:count]))
+        for part in step.prefill:
+            own = slice(part.first, part.stop)
+            outputs.append(self._prefill(step.states, part, mixed[own], log_decay[own], beta[own]))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
+        output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
+        output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
+        return self.ranks.sum_(F.linear(output, self.out_proj))[None]
+
+    def _verify_one(
+        self,
+        states: RecurrentStates,
+        verify: VerifyWindow,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
+        window = torch.cat([conv[verify.slots], mixed[:, None]], dim=1)  # [rows, kernel, channels]
+        conv[verify.slots] = window[:, 1:]
+        query, key, value = self._heads(F.silu((window * self.conv).sum(1)))
+        output, new = one_token(
+            query.view(-1, self.key_dim),
+            key.view(-1, self.key_dim),
+            value.view(-1, self.value_dim),
+            log_decay.view(-1),
+            beta.view(-1),
+            memory[verify.slots].view(-1, self.key_dim, self.value_dim),
+        )
+        memory[verify.slots] = new.view(verify.rows, *memory.shape[1:])
+        return output.view(-1, self.heads, self.value_dim)
+
+    def _verify_block(
+        self,
+        states: RecurrentStates,
+        verify: VerifyWindow,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        if verify.gather is not None:
+            mixed, log_decay, beta = mixed[verify.gather], log_decay[verify.gather], beta[verify.gather]
+        rows, longest = verify.rows, verify.longest
+        window = torch.cat(
+            [states.conv[self.state_layer][verify.slots], mixed.reshape(rows, longest, self.channels)], dim=1
+        )
+        taps = window.unfold(1, self.conv.shape[0], 1)  # [rows, longest, channels, kernel]
+        query, key, value = self._heads(F.silu(torch.einsum("rqck,kc->rqc", taps, self.conv)))
+        key = key.transpose(1, 2)
+        output, decay, corrected = one_block(
+            query.transpose(1, 2),
+            key,
+            value.transpose(1, 2),
+            log_decay.view(rows, longest, self.heads).transpose(1, 2),
+            beta.view(rows, longest, self.heads).transpose(1, 2),
+            states.memory[self.state_layer][verify.slots],
+        )
+        states.keep(self.state_layer, Verified(window, key, decay, corrected))
+        output = output.transpose(1, 2).reshape(rows * longest, self.heads, self.value_dim)
+        return output if verify.scatter is None else output[verify.scatter]
+
+    def _prefill(
+        self,
+        states: RecurrentStates,
+        part: PrefillPart,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        conv = states.conv[self.state_layer, part.slot]
+        memory = states.memory[self.state_layer, part.slot]
+        if part.fresh:
+            conv.zero_()
+            memory.zero_()
+        window = torch.cat([conv, mixed])  # [kernel - 1 + tokens, channels]
+        kernel = self.conv.shape[0]
+        conv.copy_(window[-(kernel - 1) :])
+        convolved = F.conv1d(window.t()[None], self.conv.t()[:, None], groups=self.channels)[0].t()
+        query, key, value = self._split(F.silu(convolved))
+        output, final = self.chunk_rule(
+            query[None],
+            key[None],
+            value[None],
+            g=log_decay[None],
+            beta=beta[None],
+            initial_state=memory[None],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        memory.copy_(final[0])
+        return output[0].float()
+
+    def _split(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., channels] -> query, key [..., key_heads, key_dim], value [..., heads, value_dim]."""
+        width = self.key_heads * self.key_dim
+        query, key, value = convolved.split([width, width, self.heads * self.value_dim], dim=-1)
+        return (
+            query.unflatten(-1, (self.key_heads, self.key_dim)),
+            key.unflatten(-1, (self.key_heads, self.key_dim)),
+            value.unflatten(-1, (self.heads, self.value_dim)),
+        )
+
+    def _heads(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As _split, in float32, query and key normalised (query scaled) and repeated for each value head."""
+        convolved = convolved.float()
+        keys = 2 * self.key_heads
+        both = unit(convolved[..., : keys * self.key_dim].unflatten(-1, (keys, self.key_dim)))
+        both = both.repeat_interleave(self.heads // self.key_heads, dim=-2)
+        query, key = both.split(self.heads, dim=-2)
+        value = convolved[..., keys * self.key_dim :].unflatten(-1, (self.heads, self.value_dim))
+        return query * self.key_dim**-0.5, key, value
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,58 @@
+"""Paged keys and values of one rank, and who owns which block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One attention layer's keys and values: [blocks, block_tokens, kv_heads, head_dim], written in place."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys, values [tokens, kv_heads, head_dim] at `rows` [tokens] (block x block_tokens + offset)."""
+        self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, rows, keys)
+        self.values.view(-1, *self.values.shape[2:]).index_copy_(0, rows, values)
+
+    def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim]."""
+        keys, values = self.keys[blocks], self.values[blocks]
+        return keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+
+
+class BlockTables:
+    """Per slot, the block ids that hold its tokens, in order. Host memory; mutated by the runner only."""
+
+    def __init__(self, slots: int, max_blocks: int, block_tokens: int, blocks: int):
+        self.block_tokens, self.blocks = block_tokens, blocks
+        self._ids = np.zeros((slots, max_blocks), dtype=np.int64)
+        self._count = [0] * slots
+
+    def append(self, slot: int, block: int) -> None:
+        """Raises RuntimeError for a block that does not exist or a slot that is full."""
+        count = self._count[slot]
+        if not 0 <= block < self.blocks or count >= self._ids.shape[1]:
+            raise RuntimeError(
+                f"block {block} (of {self.blocks}) cannot become block {count} (of {self._ids.shape[1]}) of slot {slot}"
+            )
+        self._ids[slot, count] = block
+        self._count[slot] = count + 1
+
+    def release(self, slot: int) -> None:
+        self._count[slot] = 0
+
+    def of(self, slot: int, tokens: int) -> np.ndarray:
+        """Ids of the blocks that hold the slot's first `tokens` tokens. RuntimeError if it owns fewer."""
+        count = -(-tokens // self.block_tokens)
+        if count > self._count[slot]:
+            raise RuntimeError(
+                f"slot {slot} owns {self._count[slot]} blocks of {self.block_tokens} tokens, but {tokens} tokens were "
+                "planned: the plan must append blocks first"
+            )
+        return self._ids[slot, :count]

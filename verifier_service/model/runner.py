@@ -1,0 +1,166 @@
+"""One rank's target: executes step plans over paged KV and recurrent states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from modeling.families import family_of, shard_map
+from modeling.parallel import RankGroup
+from modeling.reader import CheckpointReader
+from modeling.target_config import read_target_config
+from modeling.weights import RankWeights
+from verifier_service.model import touchpoints
+from verifier_service.model.face import ForwardOutput, ModelShape
+from verifier_service.model.kv_cache import BlockTables, LayerCache
+from verifier_service.model.loading import RankModel, load_rank
+from verifier_service.model.recurrent_state import RecurrentStates
+from verifier_service.model.rotary import RotaryTable
+from verifier_service.model.step import StepBuilder
+from verifier_service.plan import StepPlan
+
+
+class TargetRunner:
+    """Implements face.Runner. Every rank of the group is given the same plans in the same order.
+
+    num_blocks x block_tokens: KV capacity in tokens. num_slots: running requests. max_context: None = the
+    checkpoint's own limit. taps: see set_taps. progress(tensors, bytes): called while weights load.
+    Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
+    """
+
+    def __init__(
+        self,
+        target_dir: str | Path,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        num_blocks: int,
+        block_tokens: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: str,
+        max_context: int | None = None,
+        taps: Sequence[int] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        config = read_target_config(target_dir)
+        family = family_of(config)
+        shards = shard_map(config, size)
+        self._ranks = RankGroup(rank, size, group)
+        with CheckpointReader(target_dir) as reader, torch.inference_mode():
+            weights = RankWeights(
+                reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
+            )
+            self._model = load_rank(touchpoints.empty_model(config.directory, dtype), weights, family, self._ranks)
+        self.weight_bytes = weights.bytes
+        limit = min(config.max_context, max_context or config.max_context)
+        with torch.inference_mode():
+            caches = _caches(self._model, num_blocks, block_tokens, dtype, device)
+            self._states = _states(self._model, num_slots, dtype, device)
+        self._rotary = RotaryTable(self._model.rotary, dtype, device)
+        self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
+        self._builder = StepBuilder(self._tables, caches, self._states, max_context=limit, dtype=dtype, device=device)
+        self._committed = [0] * num_slots  # tokens in each slot's recurrent state
+        self.shape = ModelShape(
+            vocabulary=config.vocabulary,
+            hidden=config.hidden,
+            max_context=limit,
+            kv_bytes_per_token=sum(2 * heads * dim for heads, dim in self._model.kv_shapes.values()) * dtype.itemsize,
+        )
+        self._taps: tuple[int, ...] = ()
+        self.set_taps(taps)
+
+    def set_taps(self, layer_ids: Sequence[int]) -> None:
+        """0-based layer outputs to return as taps; empty = none. Raises ValueError for a layer that does not exist."""
+        layers = len(self._model.layers)
+        wrong = [layer for layer in layer_ids if not 0 <= layer < layers]
+        if wrong:
+            raise ValueError(f"tap layers {wrong} do not exist: the target has layers 0..{layers - 1}")
+        self._taps = tuple(layer_ids)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        """Execute a plan, commit of `decided` included. Blocks until the result is there.
+
+        Raises RuntimeError for a plan that contradicts the slots' state (a bug of the planner).
+        """
+        self._apply(plan)
+        first = self._ranks.rank == 0
+        if not plan.verify and not plan.prefill:
+            return ForwardOutput(self._no_logits() if first else None, None)
+        self._check_starts(plan)
+        step = self._builder.build(plan)
+        rope = self._rotary.rows(step.positions, step.longest_context)
+        hidden = self._model.embedding[step.token_ids][None]
+        taps: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self._model.layers):
+            hidden = touchpoints.run_layer(layer, hidden, rope, step)
+            if first and index in self._taps:
+                taps[index] = hidden[0]
+        self._advance_prefill(plan)
+        rows = hidden[0] if step.logit_rows is None else hidden[0, step.logit_rows]
+        logits = self._model.head(self._model.norm(rows)) if len(rows) else self._no_logits()
+        return ForwardOutput(
+            logits=logits if first else None,
+            taps=torch.cat([taps[layer] for layer in self._taps], dim=-1) if taps else None,
+        )
+
+    def _apply(self, plan: StepPlan) -> None:
+        if plan.decided:
+            if self._states is not None:
+                self._states.commit(dict(plan.decided))
+            for slot, kept in plan.decided:
+                self._committed[slot] += kept
+        for slot in plan.released:
+            self._tables.release(slot)
+            self._committed[slot] = 0
+        for slot, block in plan.new_blocks:
+            self._tables.append(slot, block)
+        if self._states is not None and plan.verify:
+            self._states.begin_verify([row.slot for row in plan.verify])
+
+    def _check_starts(self, plan: StepPlan) -> None:
+        """A recurrent state knows one position only: going on from another would be silently wrong."""
+        if self._states is None:
+            return
+        for work in (*plan.verify, *(chunk for chunk in plan.prefill if chunk.start)):
+            if work.start != self._committed[work.slot]:
+                raise RuntimeError(
+                    f"slot {work.slot} holds the state of {self._committed[work.slot]} tokens, but the plan of step "
+                    f"{plan.step} goes on at {work.start}"
+                )
+
+    def _advance_prefill(self, plan: StepPlan) -> None:
+        for chunk in plan.prefill:
+            self._committed[chunk.slot] = chunk.start + len(chunk.token_ids)
+
+    def _no_logits(self) -> torch.Tensor:
+        return torch.empty(0, self.shape.vocabulary, device=self._model.embedding.device)
+
+
+def _caches(model: RankModel, blocks: int, block_tokens: int, dtype: torch.dtype, device: str) -> dict[int, LayerCache]:
+    def empty(heads: int, dim: int) -> torch.Tensor:
+        return torch.zeros(blocks, block_tokens, heads, dim, dtype=dtype, device=device)
+
+    return {layer: LayerCache(empty(*shape), empty(*shape)) for layer, shape in model.kv_shapes.items()}
+
+
+def _states(model: RankModel, slots: int, dtype: torch.dtype, device: str) -> RecurrentStates | None:
+    if not model.recurrent:
+        return None
+    layer = model.recurrent[0]
+    return RecurrentStates(
+        len(model.recurrent),
+        slots,
+        window=layer.conv.shape[0] - 1,
+        channels=layer.channels,
+        heads=layer.heads,
+        key_dim=layer.key_dim,
+        value_dim=layer.value_dim,
+        dtype=dtype,
+        device=device,
+    )

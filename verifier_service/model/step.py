@@ -1,0 +1,165 @@
+"""A plan as tensors: what every layer of one forward needs to know. Passed through the forward's arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from verifier_service.model.kv_cache import BlockTables, LayerCache
+from verifier_service.model.recurrent_state import RecurrentStates
+from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+
+PIECE = 256  # query rows of one attention call: bounds the mask's size in a long prefill
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens first..stop of the step that attend to one slot's first `context` tokens, their own included.
+
+    bias: float [rows, context], 0 or -inf; None for a single row, which sees everything.
+    """
+
+    first: int
+    stop: int
+    context: int
+    blocks: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class VerifyWindow:
+    """The verify rows for the recurrent layers. tokens: how many, at the front of the step; longest: of one row.
+
+    gather [rows x longest]: flat token of each padded cell; scatter [tokens]: the cell of each flat token;
+    both None if all rows have the same length.
+    """
+
+    rows: int
+    tokens: int
+    longest: int
+    slots: torch.Tensor
+    gather: torch.Tensor | None
+    scatter: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PrefillPart:
+    """Tokens first..stop of the step are a chunk of `slot`'s prompt; fresh: its first, from a zero state."""
+
+    first: int
+    stop: int
+    slot: int
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that the layers of one forward share."""
+
+    token_ids: torch.Tensor  # [tokens]
+    positions: torch.Tensor  # [tokens]
+    kv_rows: torch.Tensor  # [tokens]
+    segments: tuple[Segment, ...]
+    verify: VerifyWindow | None
+    prefill: tuple[PrefillPart, ...]
+    longest_context: int
+    logit_rows: torch.Tensor | None  # [rows wanted]; None: exactly the verify tokens
+    caches: dict[int, LayerCache]
+    states: RecurrentStates | None
+
+
+class StepBuilder:
+    """Turns plans into steps over one rank's caches."""
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        caches: dict[int, LayerCache],
+        states: RecurrentStates | None,
+        *,
+        max_context: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ):
+        self.tables, self.caches, self.states = tables, caches, states
+        self.dtype, self.device = dtype, device
+        self._counting = torch.arange(max_context, device=device)
+
+    def build(self, plan: StepPlan) -> Step:
+        """The plan must hold at least one token, and its slots must own the blocks that it needs."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        kv_rows: list[np.ndarray] = []
+        segments: list[Segment] = []
+        prefill: list[PrefillPart] = []
+        wanted: list[int] = []
+        longest = 0
+        for work in (*plan.verify, *plan.prefill):
+            first, stop = len(tokens), work.start + len(work.token_ids)
+            blocks = self.tables.of(work.slot, stop)
+            at = np.arange(work.start, stop)
+            size = self.tables.block_tokens
+            kv_rows.append(blocks[at // size] * size + at % size)
+            tokens.extend(work.token_ids)
+            positions.extend(range(work.start, stop))
+            segments.extend(self._segments(work, first, self._tensor(blocks)))
+            longest = max(longest, stop)
+            if isinstance(work, PrefillChunk):
+                prefill.append(PrefillPart(first, len(tokens), work.slot, work.start == 0))
+                if work.completes_prompt:
+                    wanted.append(len(tokens) - 1)
+        verified = sum(len(row.token_ids) for row in plan.verify)
+        return Step(
+            token_ids=self._indices(tokens),
+            positions=self._indices(positions),
+            kv_rows=self._tensor(kv_rows[0] if len(kv_rows) == 1 else np.concatenate(kv_rows)),
+            segments=tuple(segments),
+            verify=self._window(plan.verify, verified) if plan.verify else None,
+            prefill=tuple(prefill),
+            longest_context=longest,
+            logit_rows=self._indices([*range(verified), *wanted]) if plan.prefill else None,
+            caches=self.caches,
+            states=self.states,
+        )
+
+    def _segments(self, work: VerifyRow | PrefillChunk, first: int, blocks: torch.Tensor) -> list[Segment]:
+        count, size = len(work.token_ids), self.tables.block_tokens
+        segments = []
+        for begin in range(0, count, PIECE):
+            end = min(begin + PIECE, count)
+            context = work.start + end
+            segments.append(
+                Segment(
+                    first=first + begin,
+                    stop=first + end,
+                    context=context,
+                    blocks=blocks[: -(-context // size)],
+                    bias=None if end - begin == 1 else self._causal(work.start + begin, context),
+                )
+            )
+        return segments
+
+    def _causal(self, start: int, context: int) -> torch.Tensor:
+        hidden = self._counting[:context] > self._counting[start:context, None]
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+
+    def _window(self, rows: tuple[VerifyRow, ...], tokens: int) -> VerifyWindow:
+        lengths = [len(row.token_ids) for row in rows]
+        longest = max(lengths)
+        gather = scatter = None
+        if min(lengths) != longest:
+            cells = np.arange(longest)
+            starts = np.cumsum([0, *lengths[:-1]])
+            inside = cells < np.array(lengths)[:, None]
+            gather = self._tensor(np.where(inside, starts[:, None] + cells, 0).reshape(-1))
+            scatter = self._tensor(np.flatnonzero(inside))
+        slots = self._indices([row.slot for row in rows])
+        return VerifyWindow(len(rows), tokens, longest, slots, gather, scatter)
+
+    def _indices(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -1,0 +1,70 @@
+"""Every place where Paceline touches transformers. Pinned to 5.23: many of these names carry removal notices.
+
+What is relied on: the configuration and CausalLM classes; decoder layers that pass unknown keyword arguments on to
+their attention (`step`); AttentionInterface; submodule names (`self_attn`, `linear_attn`, `mlp`); rotary modules;
+the chunked gated delta rule, which uses fla's kernel on a GPU where that is installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+from modeling.errors import CheckpointError
+from verifier_service.model.attention import paged_attention
+from verifier_service.model.step import Step
+
+ATTENTION = "paceline_paged"
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence's length
+
+AttentionInterface.register(ATTENTION, paged_attention)
+
+chunk_gated_delta_rule = torch_chunk_gated_delta_rule
+
+
+def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The text model's CausalLM class without storage (meta device), attention plugged in. Nothing leaves the disk."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in FIXED_ROPE:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: rope_type {rope!r} is not supported; supported are {', '.join(FIXED_ROPE)}"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    return model.eval().requires_grad_(False)
+
+
+def rotary(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """A rotary module with real frequencies: those of a meta model hold no values."""
+    with torch.device(device):
+        return type(model.model.rotary_emb)(model.config)  # type: ignore[operator, union-attr]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """RMSNorm over a vector; the gated one of DeltaNet is not."""
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def norm_eps(module: Any) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+
+def is_attention_layer(layer: nn.Module) -> bool:
+    return hasattr(layer, "self_attn")
+
+
+def is_moe(mlp: nn.Module) -> bool:
+    return hasattr(mlp, "experts")
+
+
+def run_layer(
+    layer: nn.Module, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step
+) -> torch.Tensor:
+    """One decoder layer over [1, tokens, hidden]; the step reaches attention and DeltaNet as a keyword."""
+    return layer(hidden, position_embeddings=rope, attention_mask=None, step=step)
