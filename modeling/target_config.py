@@ -1,4 +1,4 @@
-"""What a target's config.json says, read without building the model."""
+"""What a target's config.json says, read without building the model and without torch: deploy files are checked so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from modeling.errors import CheckpointError
-from modeling.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ def target_fingerprint(directory: str | Path) -> str:
 
     Weights' values are not read. Raises CheckpointError for a directory that is no checkpoint.
     """
+    from modeling.reader import CheckpointReader  # brings torch
+
     directory = Path(directory)
     digest = hashlib.sha256()
     digest.update(json.dumps(_read_json(directory / "config.json"), sort_keys=True).encode())
