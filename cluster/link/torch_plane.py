@@ -110,9 +110,9 @@ def _nccl(store: Any, rank: int, timeout: timedelta, device: torch.device) -> An
     return dist.ProcessGroupNCCL(store, rank, 2, options)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Group:
-    """A process group and how to wait for its works with a deadline."""
+    """A process group and how to wait for its works with a deadline. `group` is None once closed."""
 
     group: Any
     device: torch.device
@@ -134,8 +134,10 @@ class _Group:
             raise ConnectionError(f"the tensor plane failed: {error}") from error
 
     def close(self) -> None:
-        if self.device.type == "cuda":
+        """Abort what NCCL has under way, and free the sockets and threads: they go with the last reference."""
+        if self.group is not None and self.device.type == "cuda":
             self.group.abort()
+        self.group = None
 
 
 class TorchSender:
@@ -189,9 +191,11 @@ class TorchSender:
         self.sent_bytes += size
 
     def close(self) -> None:
-        self._pending.clear()
-        self._group.close()
         self._flying = None
+        self._group.close()
+        with self._lock:
+            self._pending.clear()
+            self.queued_bytes = 0
 
     def _take(self, size: int) -> list[torch.Tensor]:
         batch: list[torch.Tensor] = []

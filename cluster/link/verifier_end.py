@@ -47,19 +47,22 @@ from cluster.wire import Codec
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Session:
-    """One epoch."""
+    """One epoch. Only `live` changes: in one reference the engine sees a consistent state without a lock."""
 
     epoch: int
     address: str
     connection: Connection[FromDrafter]
     plane: RowSender
     welcome: Welcome
+    sent_before: int
+    live: bool = True
 
     @property
     def sent_bytes(self) -> int:
-        return self.connection.sent_bytes + self.plane.sent_bytes
+        """Of both planes, with all epochs before."""
+        return self.sent_before + self.connection.sent_bytes + self.plane.sent_bytes
 
 
 class RemoteLink:
@@ -108,15 +111,14 @@ class RemoteLink:
         self._max_queued = max_queued_bytes
         self._codec: Codec[FromDrafter] = Codec(FromDrafter, MAX_CONTROL_BYTES)
         self._book = AnswerBook(vocabulary)
-        self._counters: Counter[str] = Counter(epochs_ended=0, refused=0, queue_overflows=0, protocol_errors=0, acks=0)
+        self._counters: Counter[str] = Counter(
+            epochs_ended=0, dial_failures=0, refused=0, queue_overflows=0, protocol_errors=0, acks=0
+        )
         self._changed = threading.Condition(threading.Lock())
         self._candidates = Candidates()
         self._complaints: set[tuple[str, str]] = set()
-        self._session: _Session | None = None
-        self._last: _Session | None = None
+        self._latest: _Session | None = None
         self._dialling: Connection[FromDrafter] | None = None
-        self._epoch = 0
-        self._sent_before = 0
         self._stopping = False
         self.drafter_load = Heartbeat()
         heartbeat = self._codec.pack(Heartbeat())
@@ -128,17 +130,17 @@ class RemoteLink:
 
     @property
     def state(self) -> LinkState:
-        session, last = self._session, self._last
-        if last is None:
-            return LinkState(linked=False, epoch=0, sent_bytes=self._sent_before)
+        session = self._latest
+        if session is None:
+            return LinkState(linked=False, epoch=0)
         return LinkState(
-            linked=session is not None,
-            epoch=last.epoch,
-            drafter_id=last.welcome.drafter_id,
-            drafter_version=last.welcome.drafter_version,
-            block_size=last.welcome.block_size,
-            window=last.welcome.window,
-            sent_bytes=self._sent_before + (session.sent_bytes if session else 0),
+            linked=session.live,
+            epoch=session.epoch,
+            drafter_id=session.welcome.drafter_id,
+            drafter_version=session.welcome.drafter_version,
+            block_size=session.welcome.block_size,
+            window=session.welcome.window,
+            sent_bytes=session.sent_bytes,
         )
 
     @property
@@ -149,7 +151,7 @@ class RemoteLink:
     @property
     def queued_bytes(self) -> int:
         """What waits for the drafter to read it: the measure by which re-appends after a new epoch are rationed."""
-        session = self._session
+        session = self._live()
         return session.connection.queued_bytes + session.plane.queued_bytes if session else 0
 
     def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
@@ -157,7 +159,7 @@ class RemoteLink:
 
         The caller's memory is free for reuse on return. Raises ValueError for rows of another width.
         """
-        session = self._session
+        session = self._live()
         if session is None:
             return
         count, hidden = features.shape
@@ -171,7 +173,7 @@ class RemoteLink:
             session.plane.send(Append(context_id, start + first, rows.shape[0]), rows)
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
-        session = self._session
+        session = self._live()
         self._book.asked(asks, session.epoch if session else 0)
         if session is not None and asks:
             session.connection.send(self._codec.pack(Draft(tuple(asks))))
@@ -181,7 +183,7 @@ class RemoteLink:
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         self._book.close(context_ids)
-        session = self._session
+        session = self._live()
         if session is not None and context_ids:
             session.connection.send(self._codec.pack(Close(tuple(context_ids))))
 
@@ -191,7 +193,7 @@ class RemoteLink:
     def set_drafters(self, addresses: Sequence[str]) -> None:
         with self._changed:
             self._candidates.replace(addresses)
-            session = self._session
+            session = self._live()
             self._changed.notify_all()
         if session is not None and session.address not in addresses:
             session.connection.close("its address is no longer among the candidates")
@@ -201,12 +203,16 @@ class RemoteLink:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-            connections = [self._dialling, self._session.connection if self._session else None]
+            connections = [self._dialling, self._latest.connection if self._latest else None]
         for connection in connections:
             if connection is not None:
                 connection.close("this end stops")
         self._thread.join(self._hard_deadline + 1)
         self._pump.stop()
+
+    def _live(self) -> _Session | None:
+        session = self._latest
+        return session if session is not None and session.live else None
 
     # The reading thread.
 
@@ -243,7 +249,8 @@ class RemoteLink:
             if stopping:
                 raise LinkError("this end stops")
             connection.deadline_in(self._hard_deadline)
-            epoch = self._epoch + 1
+            earlier = self._latest
+            epoch = earlier.epoch + 1 if earlier else 1
             hello = msgspec.structs.replace(self._hello, epoch=epoch)
             meeting = None
             if hello.tensor_transport == "torch":
@@ -257,7 +264,7 @@ class RemoteLink:
             else:
                 plane = TcpSender(connection, self._codec, DTYPES[hello.dtype])
             connection.silence_after(self._hard_deadline)
-            return _Session(epoch, address, connection, plane, welcome)
+            return _Session(epoch, address, connection, plane, welcome, earlier.sent_bytes if earlier else 0)
         except BaseException:
             connection.release()
             raise
@@ -292,8 +299,7 @@ class RemoteLink:
     def _begin(self, session: _Session) -> None:
         self._book.begin(session.epoch)
         with self._changed:
-            self._epoch = session.epoch
-            self._last = self._session = session
+            self._latest = session
             unwanted = self._stopping or session.address not in self._candidates
             self._complaints.clear()
         self._pump.watch(session.connection)
@@ -319,8 +325,7 @@ class RemoteLink:
     def _end(self, session: _Session, error: Exception, lasted: float) -> None:
         reason = session.connection.reason or str(error)
         with self._changed:
-            self._session = None
-            self._sent_before += session.sent_bytes
+            session.live = False
             self._counters["epochs_ended"] += 1
             self._counters["queue_overflows"] += session.connection.overflowed
             if lasted > self._hard_deadline:
@@ -337,6 +342,7 @@ class RemoteLink:
     def _failed(self, address: str, error: Exception) -> None:
         with self._changed:
             self._candidates.failed(address)
+            self._counters["dial_failures"] += 1
             complaint = (address, str(error))
             known = complaint in self._complaints or self._stopping
             if len(self._complaints) < 1000:

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+
+import msgspec
+import pytest
+import torch
+
+from cluster.errors import LinkError
+from cluster.link.messages import (
+    Ack,
+    Append,
+    Close,
+    Draft,
+    DraftAnswer,
+    DraftAsk,
+    Drafted,
+    FromVerifier,
+    Heartbeat,
+    Refused,
+    Welcome,
+)
+from cluster.link.verifier_end import parse_address
+from cluster.wire import Codec
+from tests.cluster.link.echo import (
+    HARD_DEADLINE_S,
+    HELLO,
+    HIDDEN,
+    Echo,
+    Verifier,
+    connect,
+    echoed,
+    eventually,
+    serve,
+)
+
+ASK = DraftAsk("v/r/0", 5, 7, 3)
+CODEC: Codec[FromVerifier] = Codec(FromVerifier)
+WELCOME = Welcome("fake", "version", 8, 64, 128)
+
+
+class FakeDrafter:
+    """Accepts verifiers one after the other and hands each socket to `behave(socket, hello)`."""
+
+    def __init__(self, behave) -> None:
+        self._behave = behave
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with sock:
+                sock.settimeout(5)
+                try:
+                    self._behave(sock, CODEC.receive(sock))
+                    while sock.recv(1 << 16):
+                        pass
+                except OSError:
+                    continue
+
+    def stop(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+
+
+def answers(link) -> bool:
+    link.ask([ASK])
+    return len(link.collect([ASK], 5.0)) == 1
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_random_bytes_to_a_drafter_leave_it_serving_others(stops, greeted):
+    server = stops(serve(Echo()))
+    link = stops(connect(server.address, verifier_id="honest"))
+    eventually(lambda: link.state.linked)
+    draw = random.Random(7)
+    for round_ in range(60):
+        if greeted:
+            sock = Verifier(server.address, epoch=1 + round_).socket
+        else:
+            sock = socket.create_connection(parse_address(server.address), timeout=5)
+        length = draw.choice([0, 1, 4, 40])
+        prefix = length.to_bytes(4, "big") if draw.random() < 0.7 else b""
+        with sock:
+            sock.sendall(prefix + draw.randbytes(draw.randrange(1, 2000)))
+    eventually(lambda: server.counters["protocol_errors"] >= 20 and len(server._connections) == 1)
+    assert answers(link)
+    assert link.state.epoch == 1
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_random_bytes_to_a_verifier_leave_it_linking_to_others(stops, greeted):
+    draw = random.Random(7)
+
+    def babble(sock, hello):
+        length = draw.choice([0, 1, 4, 40])
+        greeting = CODEC.pack(WELCOME) if greeted else b""
+        sock.sendall(greeting + length.to_bytes(4, "big") + draw.randbytes(2000))
+
+    fake = stops(FakeDrafter(babble))
+    link = stops(connect(fake.address))
+    counter = "epochs_ended" if greeted else "dial_failures"
+    eventually(lambda: link.counters[counter] >= 5)
+    link.set_drafters([stops(serve(Echo())).address])
+    eventually(lambda: link.state.linked and link.state.drafter_id == "echo")
+    assert answers(link)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Append("v/r/0", 0, 0),
+        Append("v/r/0", 0, -1),
+        Append("v/r/0", 0, 1 << 40),
+        Append("v/r/0", -1, 1),
+        HELLO,
+    ],
+)
+def test_a_frame_that_cannot_be_ends_the_connection_that_sent_it(stops, message):
+    handler = Echo()
+    server = stops(serve(handler))
+    verifier = Verifier(server.address)
+    verifier.send(message)
+    assert verifier.hears_the_end()
+    eventually(lambda: handler.lost_peers)
+    assert handler.features == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"protocol": 2}, "protocol is 2"),
+        ({"token": "a shared secre"}, "token"),
+        ({"token": "\u00fc"}, "token"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"hidden": 0}, "hidden is 0"),
+        ({"tensor_transport": "pigeon"}, "tensor_transport is 'pigeon'"),
+        ({"tensor_transport": "torch", "store_port": 0}, "store_port is 0"),
+    ],
+)
+def test_a_hello_that_cannot_be_served_is_refused_by_name(stops, changes, names):
+    server = stops(serve(Echo()))
+    verifier = Verifier(server.address, **changes)
+    assert isinstance(verifier.welcome, Refused)
+    assert names in verifier.welcome.reason
+    assert verifier.hears_the_end()
+
+
+def test_the_handlers_refusal_reaches_the_verifiers_log(stops, caplog):
+    class Picky(Echo):
+        def hello(self, hello):
+            raise LinkError(f"hidden is {hello.hidden}, this drafter's is 4096")
+
+    server = stops(serve(Picky()))
+    link = stops(connect(server.address))
+    eventually(lambda: link.counters["refused"])
+    eventually(lambda: "hidden is 8, this drafter's is 4096" in caplog.text)
+
+
+@pytest.mark.parametrize("method", ["hello", "linked", "append", "draft", "close_contexts"])
+def test_a_failing_handler_costs_one_connection_and_not_the_server(stops, method):
+    class Failing(Echo):
+        pass
+
+    def fail(self, *arguments):
+        if "bad" in str(getattr(arguments[0], "hello", arguments[0])):
+            raise ZeroDivisionError("a bug of the handler")
+        return getattr(Echo, method)(self, *arguments)
+
+    setattr(Failing, method, fail)
+    server = stops(serve(Failing()))
+    link = stops(connect(server.address, verifier_id="good"))
+    eventually(lambda: link.state.linked)
+    victim = socket.create_connection(parse_address(server.address), timeout=5)
+    hello = msgspec.structs.replace(HELLO, verifier_id="bad")
+    frames = [hello, Close(("v/r/0",)), Draft((ASK,)), Append("v/r/0", 0, 1)]
+    victim.sendall(b"".join(CODEC.pack(frame) for frame in frames) + bytes(4 * HIDDEN))
+    with victim:
+        while True:
+            try:
+                if not victim.recv(1 << 16):
+                    break
+            except ConnectionError:
+                break
+    assert answers(link)
+
+
+def test_a_verifier_that_does_not_read_is_dropped_and_blocks_nobody(stops):
+    handler = Echo()
+    server = stops(serve(handler, max_queued_bytes=100_000))
+    link = stops(connect(server.address, verifier_id="other"))
+    eventually(lambda: link.state.linked)
+    slow = Verifier(server.address, verifier_id="slow")
+    eventually(lambda: len(handler.peers) == 2)
+    peer = next(peer for peer in handler.peers if peer.hello.verifier_id == "slow")
+    answer = DraftAnswer("slow/r/0", 1, tuple(range(1000)), (0.5,) * 1000)
+    slowest = 0.0
+    deadline = time.monotonic() + 10
+    while not handler.lost_peers and time.monotonic() < deadline:
+        started = time.monotonic()
+        peer.answer([answer])
+        slowest = max(slowest, time.monotonic() - started)
+    assert handler.lost_peers == [peer]
+    assert slowest < 0.5
+    assert server.counters["queue_overflows"] == 1
+    assert answers(link)
+    assert link.state.epoch == 1
+    slow.close()
+
+
+def test_a_verifier_that_reads_nothing_for_the_hard_deadline_is_dropped_however_little_waits(stops):
+    handler = Echo()
+    server = stops(serve(handler, max_queued_bytes=1 << 30))
+    slow = Verifier(server.address)
+    eventually(lambda: handler.peers)
+    peer = handler.peers[0]
+    while not peer.connection.blocked:
+        peer.answer([DraftAnswer("slow/r/0", 1, tuple(range(1000)), (0.5,) * 1000)])
+
+    def beat_and_see():
+        if not handler.lost_peers:
+            slow.send(Heartbeat())
+        return handler.lost_peers
+
+    eventually(beat_and_see, within_s=5 * HARD_DEADLINE_S)
+    assert "read nothing" in peer.connection.reason
+    slow.close()
+
+
+def test_a_drafter_that_does_not_read_ends_its_epoch_and_holds_nobody_up(stops):
+    def greet(sock, hello):
+        sock.sendall(CODEC.pack(WELCOME))
+        released.wait(10)
+
+    released = threading.Event()
+    fake = stops(FakeDrafter(greet))
+    link = stops(connect(fake.address, hidden=1024, max_queued_bytes=8 << 20, hard_deadline_s=5.0))
+    eventually(lambda: link.state.linked)
+    rows = torch.ones(256, 1024)
+    slowest = 0.0
+    for _ in range(40):
+        started = time.monotonic()
+        link.append("v/r/0", 0, rows)
+        slowest = max(slowest, time.monotonic() - started)
+    eventually(lambda: link.counters["queue_overflows"])
+    assert slowest < 0.5
+    assert not link.state.linked or link.state.epoch > 1
+    released.set()
+
+
+def test_a_silent_peer_ends_the_handshake_on_either_side(stops):
+    server = stops(serve(Echo()))
+    mute = socket.create_connection(parse_address(server.address), timeout=5)
+    started = time.monotonic()
+    for byte in (b"\0", b"\0", b"\1"):  # the deadline is for the whole hello, however it trickles in
+        mute.sendall(byte)
+        threading.Event().wait(HARD_DEADLINE_S / 4)
+    assert mute.recv(1) == b""
+    assert time.monotonic() - started < 3 * HARD_DEADLINE_S
+    mute.close()
+
+    fake = stops(FakeDrafter(lambda sock, hello: None))
+    link = stops(connect(fake.address, server.address))
+    eventually(lambda: link.state.drafter_id == "echo", within_s=5 * HARD_DEADLINE_S)
+
+
+def test_late_duplicate_and_unknown_answers_are_dropped_and_counted(stops):
+    handler = Echo()
+    handler.answering = False
+    server = stops(serve(handler))
+    link = stops(connect(server.address))
+    eventually(lambda: link.state.linked)
+    newer = DraftAsk("v/r/0", 9, 7, 3)
+    link.ask([ASK])
+    link.ask([newer])
+    eventually(lambda: len(handler.asks) == 2)
+    handler.peers[0].answer([echoed(ASK), DraftAnswer("v/unknown/0", 9, (1,), (0.5,)), echoed(newer), echoed(newer)])
+    assert link.collect([newer], 5.0) == {("v/r/0", 9): echoed(newer)}
+    eventually(lambda: link.counters["duplicate"])
+    counters = link.counters
+    assert (counters["stale"], counters["unknown"], counters["duplicate"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("stray", [WELCOME, Refused("changed my mind")])
+def test_a_greeting_in_the_middle_of_an_epoch_ends_it(stops, stray):
+    fake = stops(FakeDrafter(lambda sock, hello: sock.sendall(CODEC.pack(WELCOME) + CODEC.pack(stray))))
+    link = stops(connect(fake.address))
+    eventually(lambda: link.counters["protocol_errors"] and link.state.epoch >= 2)
+
+
+@pytest.mark.parametrize(
+    "first", [Ack("v/r/0", 1), Drafted(()), Welcome("fake", "version", 0, 64, 128), Welcome("fake", "v", 8, 64, 0)]
+)
+def test_a_drafter_that_greets_wrongly_is_not_linked(stops, caplog, first):
+    fake = stops(FakeDrafter(lambda sock, hello: sock.sendall(CODEC.pack(first))))
+    link = stops(connect(fake.address))
+    eventually(lambda: link.counters["dial_failures"])
+    assert link.state.epoch == 0
+    assert "frame" in caplog.text or "welcome" in caplog.text
+
+
+@pytest.mark.parametrize("transport", ["tcp", "torch"])
+def test_credit_that_nobody_asked_for_ends_the_epoch(stops, transport):
+    handler = Echo()
+    server = stops(serve(handler))
+    link = stops(connect(server.address, tensor_transport=transport))
+    eventually(lambda: handler.peers)
+    server._grant(handler.peers[0].connection, 64)
+    eventually(lambda: link.counters["protocol_errors"] == 1)
+    eventually(lambda: link.state.epoch == 2)
