@@ -33,7 +33,7 @@ from cluster.link.messages import (
 )
 from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver
 from cluster.link.pump import Pump
-from cluster.link.torch_plane import TorchMeeting
+from cluster.link.torch_plane import TorchMeeting, why_unavailable
 from cluster.wire import Codec
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,8 @@ class DrafterServer:
             raise LinkError(f"hidden is {hello.hidden}, not in 1..{MAX_HIDDEN}")
         if hello.tensor_transport not in ("tcp", "torch"):
             raise LinkError(f"tensor_transport is {hello.tensor_transport!r}, this drafter takes 'tcp' and 'torch'")
+        if hello.tensor_transport == "torch" and (reason := why_unavailable(self._device)):
+            raise LinkError(f"tensor_transport is 'torch', but at this drafter {reason}: use 'tcp'")
         if hello.tensor_transport == "torch" and not 0 < hello.store_port < 1 << 16:
             raise LinkError(f"store_port is {hello.store_port}: not a port")
 

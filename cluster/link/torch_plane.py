@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import socket
 import threading
 import time
@@ -30,6 +31,15 @@ from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, check_append, row_bytes
 from cluster.wire import Codec
 
 _VERIFIER, _DRAFTER = 0, 1
+
+
+def why_unavailable(device: str) -> str | None:
+    """Why this process cannot have a torch plane on `device`; None if it can."""
+    if torch.device(device).type != "cuda":
+        return None if dist.is_available() and dist.is_gloo_available() else "this torch has no gloo"
+    if not (torch.cuda.is_available() and dist.is_available() and dist.is_nccl_available()):
+        return f"device is {device!r}, but there is no CUDA device with NCCL here"
+    return None
 
 
 class TorchMeeting:
@@ -89,8 +99,20 @@ class TorchMeeting:
         store = dist.PrefixStore(f"{pair}/{hello.epoch}", self._store)
         with _as_link_error("building the process group"):
             if self._device.type == "cuda":
-                return _Group(_nccl(store, rank, self._timeout, self._device), self._device, self._timeout)
-            return _Group(_gloo(store, rank, self._timeout, self._host), self._device, self._timeout)
+                group = _Group(_nccl(store, rank, self._timeout, self._device), self._device, self._timeout)
+            else:
+                group = _Group(_gloo(store, rank, self._timeout, self._host), self._device, self._timeout)
+            self._shake_hands(group, rank)
+        return group
+
+    def _shake_hands(self, group: _Group, rank: int) -> None:
+        """One row before the first Append. NCCL makes its communicator in the first transfer and blocks until the peer
+        comes; later the receiver comes first and alone, because credit follows the posted receive."""
+        row = torch.zeros(1, device=self._device)
+        if rank == _VERIFIER:
+            group.finish(group.group.send([row], _DRAFTER, 0))
+        else:
+            group.finish(group.group.recv([row], _VERIFIER, 0))
 
 
 def _gloo(store: Any, rank: int, timeout: timedelta, host: str) -> Any:
@@ -107,7 +129,24 @@ def _nccl(store: Any, rank: int, timeout: timedelta, device: torch.device) -> An
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     options.config.max_ctas = 2  # few channels: rows are small, and the target's kernels need the SMs
-    return dist.ProcessGroupNCCL(store, rank, 2, options)
+    with _without_process_kill():
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
+@contextmanager
+def _without_process_kill() -> Iterator[None]:
+    """By default a process group that times out takes its process along. Read when a group is made, so only then set:
+    the target's own groups, whose failure must end the rank, keep the default."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @dataclass

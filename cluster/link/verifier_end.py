@@ -7,20 +7,17 @@ reads, the pump's thread beats and writes what the kernel had no room for.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import msgspec
 import torch
 
-from cluster.errors import ConfigError, LinkError, PacelineError, ProtocolError
+from cluster.errors import ConfigError, PacelineError, ProtocolError
 from cluster.link.answers import AnswerBook
 from cluster.link.candidates import Candidates
-from cluster.link.connection import MAX_CONTROL_BYTES, Connection
+from cluster.link.connection import MAX_CONTROL_BYTES
 from cluster.link.face import LinkState
 from cluster.link.messages import (
     PROTOCOL,
@@ -36,33 +33,14 @@ from cluster.link.messages import (
     FromDrafter,
     Heartbeat,
     Hello,
-    Refused,
-    Welcome,
 )
-from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, RowSender, TcpSender, row_bytes
+from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, row_bytes
 from cluster.link.pump import Pump
-from cluster.link.torch_plane import TorchMeeting
+from cluster.link.session import Dialler, RefusedError, Session
+from cluster.link.torch_plane import why_unavailable
 from cluster.wire import Codec
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Session:
-    """One epoch. Only `live` changes: in one reference the engine sees a consistent state without a lock."""
-
-    epoch: int
-    address: str
-    connection: Connection[FromDrafter]
-    plane: RowSender
-    welcome: Welcome
-    sent_before: int
-    live: bool = True
-
-    @property
-    def sent_bytes(self) -> int:
-        """Of both planes, with all epochs before."""
-        return self.sent_before + self.connection.sent_bytes + self.plane.sent_bytes
 
 
 class RemoteLink:
@@ -93,6 +71,8 @@ class RemoteLink:
             raise ConfigError(f"link.dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
         if tensor_transport not in ("tcp", "torch"):
             raise ConfigError(f"link.tensor_transport is {tensor_transport!r}: choose 'tcp' or 'torch'")
+        if tensor_transport == "torch" and (reason := why_unavailable(device)):
+            raise ConfigError(f"link.tensor_transport is 'torch', but {reason}: choose 'tcp'")
         self._hello = Hello(
             protocol=PROTOCOL,
             verifier_id=verifier_id,
@@ -106,9 +86,7 @@ class RemoteLink:
             tensor_transport=tensor_transport,
         )
         self._rows_per_append = max(1, MAX_ROWS_BYTES // row_bytes(hidden, DTYPES[dtype]))
-        self._device = device
         self._hard_deadline = hard_deadline_s
-        self._max_queued = max_queued_bytes
         self._codec: Codec[FromDrafter] = Codec(FromDrafter, MAX_CONTROL_BYTES)
         self._book = AnswerBook(vocabulary)
         self._counters: Counter[str] = Counter(
@@ -117,12 +95,12 @@ class RemoteLink:
         self._changed = threading.Condition(threading.Lock())
         self._candidates = Candidates()
         self._complaints: set[tuple[str, str]] = set()
-        self._latest: _Session | None = None
-        self._dialling: Connection[FromDrafter] | None = None
+        self._latest: Session | None = None
         self._stopping = False
         self.drafter_load = Heartbeat()
         heartbeat = self._codec.pack(Heartbeat())
         self._pump = Pump("link-pump", heartbeat_s, hard_deadline_s, lambda: heartbeat)
+        self._dialler = Dialler(self._hello, self._codec, hard_deadline_s, device, max_queued_bytes, self._pump.wake)
         self._thread = threading.Thread(target=self._run, name="link-reader", daemon=True)
         self._thread.start()
 
@@ -203,14 +181,14 @@ class RemoteLink:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-            connections = [self._dialling, self._latest.connection if self._latest else None]
-        for connection in connections:
-            if connection is not None:
-                connection.close("this end stops")
+            session = self._live()
+        self._dialler.stop()
+        if session is not None:
+            session.connection.close("this end stops")
         self._thread.join(self._hard_deadline + 1)
         self._pump.stop()
 
-    def _live(self) -> _Session | None:
+    def _live(self) -> Session | None:
         session = self._latest
         return session if session is not None and session.live else None
 
@@ -219,8 +197,8 @@ class RemoteLink:
     def _run(self) -> None:
         while (address := self._next_address()) is not None:
             try:
-                session = self._dial(address)
-            except (OSError, PacelineError) as error:
+                session = self._dialler.dial(address, self._latest)
+            except Exception as error:
                 self._failed(address, error)
             else:
                 self._serve(session)
@@ -238,65 +216,19 @@ class RemoteLink:
                     choice = self._candidates.next()
         return None
 
-    def _dial(self, address: str) -> _Session:
-        host, port = parse_address(address)
-        sock = socket.create_connection((host, port), timeout=min(self._hard_deadline, 2.0))
-        connection = Connection(sock, self._codec, self._max_queued, self._pump.wake)
-        with self._changed:
-            self._dialling = connection
-            stopping = self._stopping
-        try:
-            if stopping:
-                raise LinkError("this end stops")
-            connection.deadline_in(self._hard_deadline)
-            earlier = self._latest
-            epoch = earlier.epoch + 1 if earlier else 1
-            hello = msgspec.structs.replace(self._hello, epoch=epoch)
-            meeting = None
-            if hello.tensor_transport == "torch":
-                meeting = TorchMeeting.host(connection.local_host, hello, self._hard_deadline, self._device)
-                hello = meeting.hello
-            connection.send(self._codec.pack(hello))
-            welcome = self._welcomed(connection)
-            plane: RowSender
-            if meeting is not None:
-                plane = meeting.sender(connection, self._codec, self._max_queued)
-            else:
-                plane = TcpSender(connection, self._codec, DTYPES[hello.dtype])
-            connection.silence_after(self._hard_deadline)
-            return _Session(epoch, address, connection, plane, welcome, earlier.sent_bytes if earlier else 0)
-        except BaseException:
-            connection.release()
-            raise
-        finally:
-            with self._changed:
-                self._dialling = None
-
-    def _welcomed(self, connection: Connection[FromDrafter]) -> Welcome:
-        first = connection.receive()
-        if isinstance(first, Refused):
-            self._counters["refused"] += 1
-            raise LinkError(f"refused: {first.reason[:500]}")
-        if not isinstance(first, Welcome):
-            raise ProtocolError(f"the first frame is a {type(first).__name__}, not a Welcome")
-        if first.block_size < 1 or first.window < 1:
-            raise ProtocolError(
-                f"welcome has block_size {first.block_size} and window {first.window}: both must be > 0"
-            )
-        return first
-
-    def _serve(self, session: _Session) -> None:
+    def _serve(self, session: Session) -> None:
         began = time.monotonic()
         self._begin(session)
         try:
             while True:
                 self._take(session, session.connection.receive())
-        except (OSError, PacelineError) as error:
-            if isinstance(error, ProtocolError):
-                self._counters["protocol_errors"] += 1
+        except Exception as error:  # whatever it was, it ended this epoch and not the link
+            if not isinstance(error, (OSError, PacelineError)):
+                log.exception("reading from the drafter at %s failed", session.address)
+            self._counters["protocol_errors"] += isinstance(error, ProtocolError)
             self._end(session, error, time.monotonic() - began)
 
-    def _begin(self, session: _Session) -> None:
+    def _begin(self, session: Session) -> None:
         self._book.begin(session.epoch)
         with self._changed:
             self._latest = session
@@ -307,7 +239,7 @@ class RemoteLink:
             session.connection.close("its address is no longer among the candidates")
         log.info("linked to drafter %s at %s, epoch %d", session.welcome.drafter_id, session.address, session.epoch)
 
-    def _take(self, session: _Session, message: FromDrafter) -> None:
+    def _take(self, session: Session, message: FromDrafter) -> None:
         match message:
             case Drafted():
                 self._book.deliver(message.answers)
@@ -322,7 +254,7 @@ class RemoteLink:
             case _:
                 raise ProtocolError(f"a {type(message).__name__} in the middle of an epoch")
 
-    def _end(self, session: _Session, error: Exception, lasted: float) -> None:
+    def _end(self, session: Session, error: Exception, lasted: float) -> None:
         reason = session.connection.reason or str(error)
         with self._changed:
             session.live = False
@@ -343,17 +275,12 @@ class RemoteLink:
         with self._changed:
             self._candidates.failed(address)
             self._counters["dial_failures"] += 1
+            self._counters["refused"] += isinstance(error, RefusedError)
             complaint = (address, str(error))
             known = complaint in self._complaints or self._stopping
             if len(self._complaints) < 1000:
                 self._complaints.add(complaint)
-        if not known:
+        if not isinstance(error, (OSError, PacelineError)):
+            log.error("dialling the drafter at %s failed", address, exc_info=error)
+        elif not known:
             log.warning("no link to the drafter at %s: %s; trying again", address, error)
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """ "host:port" or "[v6]:port". Raises LinkError for anything else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise LinkError(f"drafter address {address!r} is not host:port")
-    return host.strip("[]"), int(port)

@@ -15,7 +15,8 @@ import torch
 from cluster.link.drafter_end import DrafterServer
 from cluster.link.face import Peer
 from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, FromDrafter, Hello, Welcome
-from cluster.link.verifier_end import RemoteLink, parse_address
+from cluster.link.session import parse_address
+from cluster.link.verifier_end import RemoteLink
 from cluster.wire import Codec
 
 TOKEN = "a shared secret"

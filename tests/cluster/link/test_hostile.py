@@ -23,7 +23,7 @@ from cluster.link.messages import (
     Refused,
     Welcome,
 )
-from cluster.link.verifier_end import parse_address
+from cluster.link.session import parse_address
 from cluster.wire import Codec
 from tests.cluster.link.echo import (
     HARD_DEADLINE_S,
