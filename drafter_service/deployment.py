@@ -35,7 +35,9 @@ class Drafter:
         self, settings: DrafterSettings, resources: dict[str, float], directory: Any, start_timeout_s: float
     ) -> None:
         self.id = serve.get_replica_context().replica_id.unique_id
-        self._gang = Gang([resources], preload=(DRAFTER_MAIN.partition(":")[0],), threads=settings.threads)
+        self._gang = Gang(
+            "DrafterModel", self.id, [resources], preload=(DRAFTER_MAIN.partition(":")[0],), threads=settings.threads
+        )
         try:
             async with asyncio.timeout(start_timeout_s):
                 self._address = await self._start(settings, start_timeout_s)

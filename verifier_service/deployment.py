@@ -54,6 +54,8 @@ class Verifier:
         self._status: Status | None = None
         self._drafters: tuple[str, ...] = ()
         self._gang = Gang(
+            "VerifierRank",
+            self.id,
             [rank_resources] * settings.tensor_parallel_size,
             preload=(RANK_MAIN.partition(":")[0],),
             threads=settings.threads_per_rank,

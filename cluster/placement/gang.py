@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import PacelineError
-from cluster.placement.process import Main, ServiceActor
+from cluster.placement.process import Main, service_actor
 
 
 class GangError(PacelineError):
@@ -20,16 +20,21 @@ class GangError(PacelineError):
 class Gang:
     """One process per entry of `resources`, rank i in bundle i + 1 (bundle 0 is the replica's own).
 
-    Must be made inside a replica with a placement group. Holds the only handles: when this object's process dies, Ray
+    role and replica_id name the processes: `ray::ROLE` in ps, ROLE:REPLICA_ID:RANK as a named actor. Must be made
+    inside a replica with a placement group. Holds the only handles: when this object's process dies, Ray
     ends the members; `kill` does it at once.
     """
 
-    def __init__(self, resources: Sequence[dict[str, float]], preload: tuple[str, ...], threads: int):
+    def __init__(
+        self, role: str, replica_id: str, resources: Sequence[dict[str, float]], preload: tuple[str, ...], threads: int
+    ):
         group = ray.util.get_current_placement_group()
         if group is None:
             raise GangError("a gang needs the placement group of its replica; the deployment has no bundles")
+        actor = service_actor(role)
         self._processes: list[Any] = [
-            ServiceActor.options(
+            actor.options(
+                name=f"{role}:{replica_id}:{rank}",
                 num_cpus=wanted.get("CPU", 0),
                 num_gpus=wanted.get("GPU", 0),
                 resources={name: count for name, count in wanted.items() if name not in ("CPU", "GPU")},

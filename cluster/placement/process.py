@@ -75,5 +75,9 @@ def _import_all(modules: tuple[str, ...]) -> None:
         importlib.import_module(module)
 
 
-# Several threads, since `run`, `ready` and pings have to answer at the same time.
-ServiceActor: Any = ray.remote(max_restarts=0, max_concurrency=4)(ServiceProcess)  # type: ignore[call-overload]
+def service_actor(role: str) -> Any:
+    """The process as a Ray actor class, called `role` in `ps` and in Ray's own listings.
+
+    Several threads, since `run`, `ready` and pings have to answer at the same time.
+    """
+    return ray.remote(max_restarts=0, max_concurrency=4)(type(role, (ServiceProcess,), {}))  # type: ignore[call-overload]
