@@ -1,0 +1,49 @@
+"""The values of an engine benchmark: what one decoder did with all prompts once, and what a decoder is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Output:
+    """token_ids: generated, a stop token included. commits: tokens of each decode step, the prefill's token apart."""
+
+    token_ids: tuple[int, ...]
+    commits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """All prompts once at one concurrency. seconds: wall clock. outputs: in the prompts' order.
+
+    draft_seconds of step_seconds were spent waiting for drafts; link_bytes were sent by the verifier. None = not
+    applicable to this decoder.
+    """
+
+    seconds: float
+    outputs: tuple[Output, ...]
+    draft_seconds: float | None = None
+    step_seconds: float | None = None
+    link_bytes: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(output.token_ids for output in self.outputs)
+
+
+class Decoder(Protocol):
+    """One row of the table. Idle between runs; `close` frees everything and may be called twice."""
+
+    name: str
+    note: str
+
+    def run(self, prompts: Sequence[tuple[int, ...]], concurrency: int, max_tokens: int) -> Run: ...
+
+    def close(self) -> None: ...
