@@ -1,0 +1,60 @@
+"""The Serve application: `import_path: deploy.app:build` in a deploy file."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from ray import serve
+
+from cluster.placement.directory import Directory
+from deploy.checks import checked
+from deploy.config import Application, DrafterPart, VerifierPart
+from deploy.link import make_link
+from deploy.router import Router
+from drafter_service.deployment import Drafter
+from verifier_service.deployment import Verifier
+
+
+def build(args: Application) -> serve.Application:
+    """Directory, verifiers, drafters and, as ingress, routers. Raises ConfigError before anything is started."""
+    application = _with_link_token(checked(args))
+    directory = Directory.options(ray_actor_options={"num_cpus": 0}).bind()
+    services = {"verifier": _verifiers(application.verifier, directory)}
+    if application.drafts_remotely and application.drafter is not None:
+        services["drafter"] = _drafters(application.drafter, directory)
+    router = application.router
+    return Router.options(num_replicas=router.replicas, ray_actor_options={"num_cpus": router.front_cpus}).bind(
+        application.model_name, application.verifier.target, router.settings, directory, services
+    )
+
+
+def _verifiers(part: VerifierPart, directory: Any) -> Any:
+    bundles = part.bundles
+    return Verifier.options(
+        num_replicas=part.replicas,
+        ray_actor_options={"num_cpus": part.front_cpus},
+        placement_group_bundles=bundles,
+        placement_group_strategy=part.placement,
+    ).bind(part.settings, bundles[1], make_link, directory, part.start_timeout_s, part.max_step_s)
+
+
+def _drafters(part: DrafterPart, directory: Any) -> Any:
+    bundles = part.bundles
+    return Drafter.options(
+        num_replicas=part.replicas,
+        ray_actor_options={"num_cpus": part.front_cpus},
+        placement_group_bundles=bundles,
+        placement_group_strategy="STRICT_PACK",
+    ).bind(part.settings, bundles[1], directory, part.start_timeout_s)
+
+
+def _with_link_token(application: Application) -> Application:
+    """One secret for all links of the application, unless the deploy file brings its own."""
+    verifier = application.verifier
+    token = verifier.link.token or secrets.token_hex(16)
+    link = verifier.link.model_copy(update={"token": token})
+    changes: dict[str, object] = {"verifier": verifier.model_copy(update={"link": link})}
+    if application.drafter is not None:
+        changes["drafter"] = application.drafter.model_copy(update={"token": token})
+    return application.model_copy(update=changes)
