@@ -1,4 +1,4 @@
-"""The house has floors: imports run downward only, Ray stays where it may be, and policy needs neither Ray nor torch."""
+"""The house has floors: imports run downward only, Ray stays where it may be, policy needs neither Ray nor torch."""
 
 from __future__ import annotations
 

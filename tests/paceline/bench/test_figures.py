@@ -24,7 +24,9 @@ def test_the_ratio_is_taken_within_each_repeat():
 
 def test_rows_without_decode_steps_have_no_tau():
     assert row("transformers", 1, PROMPTS, [Run(1.0, (Output((1, 2)),))], None, None).tau is None
-    assert row("drafted", 1, PROMPTS, [run(1.0)], None, None).tau.overall == 3
+    drafted = row("drafted", 1, PROMPTS, [run(1.0)], None, None).tau
+    assert drafted is not None
+    assert drafted.overall == 3
 
 
 def test_draft_share_is_draft_time_of_step_time():

@@ -18,4 +18,5 @@ def test_no_samples_have_no_percentiles():
 
 def test_the_summary_counts_its_samples():
     summary = percentiles([3.0, 1.0, 2.0])
+    assert summary is not None
     assert (summary.p50, summary.mean, summary.count) == (2.0, 2.0, 3)

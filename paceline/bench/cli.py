@@ -1,0 +1,119 @@
+"""`paceline bench`: the options of its commands. What they do is imported when they run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.errors import PacelineError
+
+app = typer.Typer(no_args_is_help=True, help="Measure engines and servers.")
+
+CONCURRENCY = (1, 8)
+
+Concurrency = Annotated[
+    list[int] | None, typer.Option("--concurrency", min=1, help="requests at once; may be repeated; default: 1 and 8")
+]
+Prompts = Annotated[
+    Path | None, typer.Option(help='JSON lines of {"turns": [..]} or {"prompt": ..}; default: 16 beginnings of code')
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="take only the first prompts")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="new tokens a prompt")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 = greedy")]
+Json = Annotated[Path | None, typer.Option("--json", help="write all figures here")]
+Plot = Annotated[Path | None, typer.Option(help="write a plot here (.png, .svg, .pdf)")]
+
+
+@app.command()
+def engine(
+    target: Annotated[Path, typer.Option(help="target checkpoint directory")] = Path("models/tiny/target"),
+    drafter: Annotated[Path, typer.Option(help="DFlash checkpoint directory")] = Path("models/tiny/drafter"),
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 128,
+    concurrency: Concurrency = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of the target")] = 1,
+    temperature: Temperature = 0.0,
+    repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are shown")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Compare decoders on this machine, without Ray: plain, drafted from another process, drafted in the same process,
+    transformers' generate and, for Qwen3 targets, the published DFlash loop. Same weights, same prompts, one run."""
+    from paceline.bench.engine import EngineOptions, bench
+
+    options = EngineOptions(
+        target=target,
+        drafter=drafter,
+        prompts=prompts,
+        limit=limit,
+        max_tokens=max_tokens,
+        concurrency=tuple(concurrency or CONCURRENCY),
+        tensor_parallel=tensor_parallel,
+        temperature=temperature,
+        repeats=repeat,
+        device=device,
+        dtype=dtype,
+    )
+    try:
+        result = bench(options)
+    except PacelineError as error:
+        _fail(error)
+    result.show(Console())
+    if json is not None:
+        result.write_json(json)
+    if plot is not None:
+        result.plot(plot)
+
+
+@app.command()
+def server(
+    url: Annotated[str, typer.Option(help="of an OpenAI-compatible server, e.g. http://127.0.0.1:8000")],
+    model: Annotated[str | None, typer.Option(help="default: the first that the server lists")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="sent as a bearer token")] = None,
+    prompts: Prompts = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 128,
+    concurrency: Concurrency = None,
+    temperature: Temperature = 0.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="of each concurrency; default: four a client")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds that a request may take")] = 300.0,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Measure a running server over HTTP: tokens/s, time to first token, inter-token latency, errors."""
+    from paceline.bench import prompts as prompt_files
+    from paceline.bench import server_report
+    from paceline.bench.server import ServerOptions, measure
+    from paceline.progress import bar
+
+    options = ServerOptions(
+        url, model, api_key, tuple(concurrency or CONCURRENCY), max_tokens, temperature, requests, timeout
+    )
+    try:
+        chosen = prompt_files.read(prompts or prompt_files.SHIPPED, limit)
+        total = sum(options.requests_at(level, len(chosen)) for level in options.concurrency)
+        with bar("requests", total) as advance:
+            name, levels = asyncio.run(measure(options, chosen, advance))
+    except PacelineError as error:
+        _fail(error)
+    title = f"{name} at {url}, {max_tokens} tokens, temperature {temperature:g}"
+    Console().print(server_report.table(levels, title))
+    if json is not None:
+        settings = {"url": url, "model": name, "max_tokens": max_tokens, "temperature": temperature}
+        server_report.write_json(json, levels, {**settings, "prompts": str(prompts or prompt_files.SHIPPED)})
+    if plot is not None:
+        server_report.plot(plot, levels, title)
+    if all(not level.tokens for level in levels):
+        raise typer.Exit(1)
+
+
+def _fail(error: PacelineError) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
+    raise typer.Exit(2) from error
