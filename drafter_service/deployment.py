@@ -15,6 +15,7 @@ from ray import serve
 from cluster.placement.directory import stay_registered
 from cluster.placement.gang import Gang
 from cluster.placement.lifeline import Lifeline
+from cluster.placement.logs import configure_logs
 from cluster.placement.membership import DRAFTER, Member
 from cluster.placement.process import Main
 from drafter_service.config import DrafterSettings
@@ -34,6 +35,7 @@ class Drafter:
     async def __init__(  # type: ignore[misc]  # Serve awaits it: starting takes seconds
         self, settings: DrafterSettings, resources: dict[str, float], directory: Any, start_timeout_s: float
     ) -> None:
+        configure_logs()
         self.id = serve.get_replica_context().replica_id.unique_id
         self._gang = Gang(
             "DrafterModel", self.id, [resources], preload=(DRAFTER_MAIN.partition(":")[0],), threads=settings.threads

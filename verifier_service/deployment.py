@@ -20,6 +20,7 @@ from cluster.pairing.policy import preference
 from cluster.placement.directory import follow, stay_registered
 from cluster.placement.gang import Gang
 from cluster.placement.lifeline import Lifeline
+from cluster.placement.logs import configure_logs
 from cluster.placement.membership import DRAFTER, VERIFIER, Member, View
 from cluster.placement.process import Main
 from verifier_service.config import VerifierSettings
@@ -49,6 +50,7 @@ class Verifier:
         start_timeout_s: float,
         max_step_s: float,
     ) -> None:
+        configure_logs()
         self.id = serve.get_replica_context().replica_id.unique_id
         self._settings, self._max_step_s = settings, max_step_s
         self._status: Status | None = None

@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from cluster.placement.logs import configure_logs
+
 
 @dataclass(frozen=True)
 class Main:
@@ -35,6 +37,7 @@ class ServiceProcess:
     """preload: modules to import at once, in the background. threads: of numerical libraries (OMP_NUM_THREADS)."""
 
     def __init__(self, preload: tuple[str, ...], threads: int) -> None:
+        configure_logs()
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, or it has no effect
         self._ready = threading.Event()
         self._report = ""
