@@ -47,13 +47,13 @@ class RankWeights:
         self.tensors = 0
         self._progress = progress
 
-    def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """This rank's part of a tensor. shape: what the whole must measure. Raises CheckpointError if it does not."""
         stored = self._stored_name(name)
         if stored not in self.reader and name.endswith((GATE_UP, DOWN)):
-            return self._done(self._fuse_experts(name))
+            return self._done(self._fuse_experts(name, shape[0]))
         actual = self.reader.shape(stored)
-        if shape is not None and actual != tuple(shape):
+        if actual != tuple(shape):
             raise CheckpointError(
                 f"{stored} in {self.reader.directory} has shape {actual}, config.json implies {tuple(shape)}: "
                 "the configuration belongs to another checkpoint"
@@ -80,11 +80,10 @@ class RankWeights:
         tensors = [self.reader.read(stored, piece, self.dtype) for piece in pieces]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=shard.dim or 0)
 
-    def _fuse_experts(self, name: str) -> torch.Tensor:
+    def _fuse_experts(self, name: str, count: int) -> torch.Tensor:
         """Experts stored one by one, fused as transformers keeps them: [experts, ...]; one in flight at a time."""
         parts = ("gate_proj", "up_proj") if name.endswith(GATE_UP) else ("down_proj",)
         prefix = self._stored_name(name).rsplit(".", 1)[0]
-        count = self.config.integer("num_experts")
         whole = self.shards.of(name)
         if whole.dim is None:
             raise CheckpointError(f"{name}: this family does not say how its experts are divided")
@@ -96,5 +95,5 @@ class RankWeights:
             if fused is None:
                 fused = torch.empty((count, *matrix.shape), dtype=self.dtype, device=self.device)
             fused[expert].copy_(matrix)
-        assert fused is not None, f"{name}: num_experts is 0"
+        assert fused is not None, f"{name}: no experts"
         return fused

@@ -60,7 +60,9 @@ class RaggedGatedDeltaNet(nn.Module):
         self.in_proj = _frozen(
             torch.cat([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
         )
-        self.conv = _frozen(weights.conv1d.squeeze(1).t().contiguous())  # [kernel, channels]
+        self.conv = _frozen(weights.conv1d.squeeze(1))  # [channels, kernel]
+        self.conv_rows = _frozen(self.conv.t().contiguous())  # [kernel, channels]
+        self.kernel = self.conv.shape[1]
         self.negative_rate = _frozen(-weights.A_log.float().exp())
         self.dt_bias = _frozen(weights.dt_bias.float())
         self.norm, self.out_proj = _frozen(weights.norm), _frozen(weights.out_proj)
@@ -96,18 +98,18 @@ class RaggedGatedDeltaNet(nn.Module):
         beta: torch.Tensor,
     ) -> torch.Tensor:
         conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
-        window = torch.cat([conv[verify.slots], mixed[:, None]], dim=1)  # [rows, kernel, channels]
-        conv[verify.slots] = window[:, 1:]
-        query, key, value = self._heads(F.silu((window * self.conv).sum(1)))
+        window = torch.cat([conv.index_select(0, verify.slots), mixed[:, None]], dim=1)  # [rows, kernel, channels]
+        conv.index_copy_(0, verify.slots, window[:, 1:])
+        query, key, value = self._heads(F.silu((window * self.conv_rows).sum(1)))
         output, new = one_token(
-            query.view(-1, self.key_dim),
-            key.view(-1, self.key_dim),
-            value.view(-1, self.value_dim),
-            log_decay.view(-1),
-            beta.view(-1),
-            memory[verify.slots].view(-1, self.key_dim, self.value_dim),
+            query.reshape(-1, self.key_dim),
+            key.reshape(-1, self.key_dim),
+            value.reshape(-1, self.value_dim),
+            log_decay.reshape(-1),
+            beta.reshape(-1),
+            memory.index_select(0, verify.slots).view(-1, self.key_dim, self.value_dim),
         )
-        memory[verify.slots] = new.view(verify.rows, *memory.shape[1:])
+        memory.index_copy_(0, verify.slots, new.view(verify.rows, *memory.shape[1:]))
         return output.view(-1, self.heads, self.value_dim)
 
     def _verify_block(
@@ -119,25 +121,24 @@ class RaggedGatedDeltaNet(nn.Module):
         beta: torch.Tensor,
     ) -> torch.Tensor:
         if verify.gather is not None:
-            mixed, log_decay, beta = mixed[verify.gather], log_decay[verify.gather], beta[verify.gather]
+            mixed, log_decay, beta = (x.index_select(0, verify.gather) for x in (mixed, log_decay, beta))
         rows, longest = verify.rows, verify.longest
-        window = torch.cat(
-            [states.conv[self.state_layer][verify.slots], mixed.reshape(rows, longest, self.channels)], dim=1
-        )
-        taps = window.unfold(1, self.conv.shape[0], 1)  # [rows, longest, channels, kernel]
-        query, key, value = self._heads(F.silu(torch.einsum("rqck,kc->rqc", taps, self.conv)))
+        conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
+        window = torch.cat([conv.index_select(0, verify.slots), mixed.reshape(rows, longest, self.channels)], dim=1)
+        convolved = (window.unfold(1, self.kernel, 1) * self.conv).sum(-1)  # [rows, longest, channels]
+        query, key, value = self._heads(F.silu(convolved))
         key = key.transpose(1, 2)
         output, decay, corrected = one_block(
             query.transpose(1, 2),
             key,
             value.transpose(1, 2),
-            log_decay.view(rows, longest, self.heads).transpose(1, 2),
-            beta.view(rows, longest, self.heads).transpose(1, 2),
-            states.memory[self.state_layer][verify.slots],
+            log_decay.reshape(rows, longest, self.heads).transpose(1, 2),
+            beta.reshape(rows, longest, self.heads).transpose(1, 2),
+            memory.index_select(0, verify.slots),
         )
         states.keep(self.state_layer, Verified(window, key, decay, corrected))
         output = output.transpose(1, 2).reshape(rows * longest, self.heads, self.value_dim)
-        return output if verify.scatter is None else output[verify.scatter]
+        return output if verify.scatter is None else output.index_select(0, verify.scatter)
 
     def _prefill(
         self,
@@ -153,9 +154,11 @@ class RaggedGatedDeltaNet(nn.Module):
             conv.zero_()
             memory.zero_()
         window = torch.cat([conv, mixed])  # [kernel - 1 + tokens, channels]
-        kernel = self.conv.shape[0]
-        conv.copy_(window[-(kernel - 1) :])
-        convolved = F.conv1d(window.t()[None], self.conv.t()[:, None], groups=self.channels)[0].t()
+        conv.copy_(window[1 - self.kernel :])
+        count = mixed.shape[0]
+        convolved = window[:count] * self.conv_rows[0]
+        for tap in range(1, self.kernel):
+            convolved.addcmul_(window[tap : tap + count], self.conv_rows[tap])
         query, key, value = self._split(F.silu(convolved))
         output, final = self.chunk_rule(
             query[None],

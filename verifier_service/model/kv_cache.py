@@ -22,7 +22,7 @@ class LayerCache:
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim]."""
-        keys, values = self.keys[blocks], self.values[blocks]
+        keys, values = self.keys.index_select(0, blocks), self.values.index_select(0, blocks)
         return keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
 
 

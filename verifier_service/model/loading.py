@@ -39,19 +39,15 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     recurrent: list[RaggedGatedDeltaNet] = []
     for index, layer in enumerate(body.layers):
         prefix = f"layers.{index}."
-        if touchpoints.is_attention_layer(layer):
-            _fill(layer.self_attn, f"{prefix}self_attn.", weights, family, ranks)
-            dim = layer.self_attn.head_dim
-            kv_shapes[index] = (layer.self_attn.k_proj.out_features // dim, dim)
-            layer.self_attn.num_key_value_groups = (
-                layer.self_attn.q_proj.out_features // layer.self_attn.k_proj.out_features
-            )
-        else:
-            layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", weights, len(recurrent), ranks)
-            recurrent.append(layer.linear_attn)
         if touchpoints.is_moe(layer.mlp):
             layer.mlp = _moe(layer.mlp, f"{prefix}mlp.", weights, ranks)
+        if not touchpoints.is_attention_layer(layer):
+            layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", weights, len(recurrent), ranks)
+            recurrent.append(layer.linear_attn)
         _fill(layer, prefix, weights, family, ranks)
+        if touchpoints.is_attention_layer(layer):
+            attention = layer.self_attn
+            kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
     _fill(body, "", weights, family, ranks)
     return RankModel(
         embedding=embedding,
@@ -65,16 +61,15 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
 
 
 def _fill(parent: nn.Module, prefix: str, weights: RankWeights, family: Family, ranks: RankGroup) -> None:
-    """Give every linear and norm below `parent` that is still on meta its tensors; swap in row-parallel linears."""
+    """Give every linear and norm below `parent` its tensors; swap in row-parallel linears and fused norms."""
     for name, module in list(parent.named_children()):
         path = f"{prefix}{name}"
         if isinstance(module, nn.ModuleList) or name == "rotary_emb":
             continue
         if isinstance(module, nn.Linear):
-            if module.weight.is_meta:
-                setattr(parent, name, _linear(module, path, weights, ranks))
+            setattr(parent, name, _linear(module, path, weights, ranks))
         elif touchpoints.is_norm(module):
-            weight = weights.take(f"{path}.weight", tuple(module.weight.shape))  # type: ignore[union-attr, arg-type]
+            weight = weights.take(f"{path}.weight", tuple(module.weight.shape))  # type: ignore[arg-type]
             setattr(parent, name, FusedRMSNorm(weight, touchpoints.norm_eps(module), family.zero_centered_norms))
         elif not isinstance(module, nn.Embedding):
             _fill(module, f"{path}.", weights, family, ranks)
@@ -144,4 +139,4 @@ def _head(embedding: torch.Tensor, weights: RankWeights, ranks: RankGroup) -> to
     if weights.layout.head is None:  # tied: the rank's rows of the embedding that it holds anyway
         start, stop = weights.shards.head.sections[0].part(ranks.rank, ranks.size)
         return embedding[start:stop]
-    return weights.take("lm_head.weight")
+    return weights.take("lm_head.weight", tuple(embedding.shape))

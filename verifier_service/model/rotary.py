@@ -18,7 +18,7 @@ class RotaryTable:
         """cos and sin [1, tokens, rotary_dim] of positions [tokens], all below `longest`."""
         if longest > self._cos.shape[0]:
             self._grow(longest)
-        return self._cos[positions][None], self._sin[positions][None]
+        return self._cos.index_select(0, positions)[None], self._sin.index_select(0, positions)[None]
 
     def _grow(self, longest: int) -> None:
         size = max(self._first, 1 << (longest - 1).bit_length())

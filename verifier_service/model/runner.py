@@ -20,7 +20,7 @@ from verifier_service.model.loading import RankModel, load_rank
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.model.rotary import RotaryTable
 from verifier_service.model.step import StepBuilder
-from verifier_service.plan import StepPlan
+from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 
 class TargetRunner:
@@ -95,14 +95,14 @@ class TargetRunner:
         self._check_starts(plan)
         step = self._builder.build(plan)
         rope = self._rotary.rows(step.positions, step.longest_context)
-        hidden = self._model.embedding[step.token_ids][None]
+        hidden = self._model.embedding.index_select(0, step.token_ids)[None]
         taps: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self._model.layers):
             hidden = touchpoints.run_layer(layer, hidden, rope, step)
             if first and index in self._taps:
                 taps[index] = hidden[0]
         self._advance_prefill(plan)
-        rows = hidden[0] if step.logit_rows is None else hidden[0, step.logit_rows]
+        rows = hidden[0] if step.logit_rows is None else hidden[0].index_select(0, step.logit_rows)
         logits = self._model.head(self._model.norm(rows)) if len(rows) else self._no_logits()
         return ForwardOutput(
             logits=logits if first else None,
@@ -127,11 +127,12 @@ class TargetRunner:
         """A recurrent state knows one position only: going on from another would be silently wrong."""
         if self._states is None:
             return
-        for work in (*plan.verify, *(chunk for chunk in plan.prefill if chunk.start)):
-            if work.start != self._committed[work.slot]:
+        work: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
+        for item in work:
+            if item.start and item.start != self._committed[item.slot]:
                 raise RuntimeError(
-                    f"slot {work.slot} holds the state of {self._committed[work.slot]} tokens, but the plan of step "
-                    f"{plan.step} goes on at {work.start}"
+                    f"slot {item.slot} holds the state of {self._committed[item.slot]} tokens, but the plan of step "
+                    f"{plan.step} goes on at {item.start}"
                 )
 
     def _advance_prefill(self, plan: StepPlan) -> None:
@@ -156,7 +157,7 @@ def _states(model: RankModel, slots: int, dtype: torch.dtype, device: str) -> Re
     return RecurrentStates(
         len(model.recurrent),
         slots,
-        window=layer.conv.shape[0] - 1,
+        window=layer.kernel - 1,
         channels=layer.channels,
         heads=layer.heads,
         key_dim=layer.key_dim,

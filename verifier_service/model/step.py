@@ -96,7 +96,8 @@ class StepBuilder:
         prefill: list[PrefillPart] = []
         wanted: list[int] = []
         longest = 0
-        for work in (*plan.verify, *plan.prefill):
+        everything: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
+        for work in everything:
             first, stop = len(tokens), work.start + len(work.token_ids)
             blocks = self.tables.of(work.slot, stop)
             at = np.arange(work.start, stop)

@@ -42,8 +42,9 @@ def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
 
 def rotary(model: nn.Module, device: str | torch.device) -> nn.Module:
     """A rotary module with real frequencies: those of a meta model hold no values."""
+    causal: Any = model
     with torch.device(device):
-        return type(model.model.rotary_emb)(model.config)  # type: ignore[operator, union-attr]
+        return type(causal.model.rotary_emb)(causal.config)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -1,0 +1,61 @@
+"""Miniature targets with random weights, one per family, saved as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+VOCABULARY = 250  # not a multiple of 4: an uneven vocabulary at four ranks
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+_DENSE: dict[str, Any] = {**_COMMON, "intermediate_size": 96, "num_hidden_layers": 3}
+_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+_HYBRID: dict[str, Any] = {
+    **_COMMON,
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**{**_DENSE, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3": Qwen3Config(**{**_DENSE, "num_key_value_heads": 1}),
+    "qwen3_moe": Qwen3MoeConfig(**_DENSE, **_EXPERTS, mlp_only_layers=[1], norm_topk_prob=True),
+    "qwen3_5": Qwen3_5TextConfig(**_HYBRID, intermediate_size=96),
+    "qwen3_5_moe": Qwen3_5MoeTextConfig(**_HYBRID, **_EXPERTS, shared_expert_intermediate_size=48),
+}
+
+
+def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
+    """A seeded model of the family in float32, saved into `directory`."""
+    config = CONFIGS[family] if not overrides else type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **overrides})
+    generator = torch.Generator().manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.08, generator=generator)
+            elif "norm" in name or "bias" in name:
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+    model.tie_weights()
+    model.save_pretrained(directory, max_shard_size="200KB")  # several shards and an index
+    return model
