@@ -41,6 +41,8 @@ def ray_session(address: str | None, show_logs: bool = False) -> Iterator[None]:
     """A connection to the cluster at `address`, or a Ray of our own (no dashboard) that ends with this block."""
     import ray
 
+    if address is None:  # Serve's controller looks ten times a second by default: too often for two shared cores
+        os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     shared: dict[str, Any] = {"namespace": "serve", "log_to_driver": show_logs, "logging_level": logging.ERROR}

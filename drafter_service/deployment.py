@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DRAFTER_MAIN = "drafter_service.server:serve"
 
 
-@serve.deployment(name="Drafter", health_check_period_s=1, health_check_timeout_s=10, graceful_shutdown_timeout_s=5)
+@serve.deployment(name="Drafter", health_check_period_s=2, health_check_timeout_s=10, graceful_shutdown_timeout_s=5)
 class Drafter:
     """settings: of this replica. resources: Ray resources of the model process's bundle.
 

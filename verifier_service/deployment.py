@@ -33,7 +33,7 @@ ANSWER_S = 5.0
 RANK_MAIN = "verifier_service.rank:run_rank"
 
 
-@serve.deployment(name="Verifier", health_check_period_s=1, health_check_timeout_s=10, graceful_shutdown_timeout_s=5)
+@serve.deployment(name="Verifier", health_check_period_s=2, health_check_timeout_s=10, graceful_shutdown_timeout_s=5)
 class Verifier:
     """settings: of this replica. rank_resources: Ray resources of each rank's bundle.
 

@@ -18,7 +18,7 @@ from cluster.placement.membership import EMPTY_VIEW, Member, Membership, View
 
 log = logging.getLogger(__name__)
 
-TTL_S = 6.0
+TTL_S = 9.0
 WATCH_S = 20.0
 CALL_DEADLINE_S = 5.0
 RETRY_S = 0.5

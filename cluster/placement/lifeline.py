@@ -14,14 +14,14 @@ from cluster.placement.gang import Gang
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 1.0
+PERIOD_S = 2.0
 ANSWER_S = 5.0
 
 
 class Lifeline:
     """Watches a gang from its replica's event loop.
 
-    member_id: of this replica, in logs and in the directory. check: more that has to hold, every second; raises a
+    member_id: of this replica, in logs and in the directory. check: more that has to hold, every two seconds; raises a
     PacelineError when it does not.
     """
 
