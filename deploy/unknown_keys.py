@@ -29,7 +29,7 @@ def unknown_keys(model: type[BaseModel], raw: Any, where: str = "") -> list[str]
 
 def _message(key: str, where: str, known: list[str]) -> str:
     place = f" in {where}" if where else ""
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     if close:
         return f"unknown key {key!r}{place}: did you mean {' or '.join(repr(name) for name in close)}?"
     return f"unknown key {key!r}{place}: known keys are {', '.join(sorted(known))}"

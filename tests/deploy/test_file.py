@@ -49,7 +49,7 @@ def test_the_checks_load_neither_torch_nor_transformers(write, arguments):
     code = (
         "import sys; from pathlib import Path; from deploy.file import read_deploy_file;"
         f"read_deploy_file(Path({str(write(arguments))!r}));"
-        "sys.exit(','.join(m for m in ('torch', 'transformers') if m in sys.modules))"
+        "sys.exit(','.join(m for m in ('torch', 'transformers') if m in sys.modules) or None)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
