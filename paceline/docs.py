@@ -50,8 +50,8 @@ def tables(model: type[BaseModel], path: str = "") -> Iterator[str]:
     sections = []
     yield f"### {f'`{path}`' if path else '`args`'}"
     yield ""
-    if text := _first_paragraph(model):
-        yield text
+    for paragraph in (model.__doc__ or "").strip().split("\n\n"):
+        yield " ".join(paragraph.split())
         yield ""
     yield "| key | values | default | meaning |"
     yield "|---|---|---|---|"
@@ -59,15 +59,11 @@ def tables(model: type[BaseModel], path: str = "") -> Iterator[str]:
         nested = _model_of(field.annotation)
         if nested is not None:
             sections.append((nested, f"{path}.{name}" if path else name))
-        cells = (f"`{name}`", _values(field, sections), _default(field), field.description or "")
+        cells = (f"`{name}`", _values(field, sections), _default(field), _meaning(field))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
     for nested, where in sections:
         yield from tables(nested, where)
-
-
-def _first_paragraph(model: type[BaseModel]) -> str:
-    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -111,12 +107,16 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
             yield "not empty"
 
 
+def _meaning(field: FieldInfo) -> str:
+    return (field.description or "").replace("None =", "`null` =")
+
+
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default is PydanticUndefined or isinstance(field.default, BaseModel):
         return ""
-    if field.default == "":
+    if field.default in ("", ()):
         return "empty"
     return f"`{'null' if field.default is None else field.default}`"
 
