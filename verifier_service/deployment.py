@@ -14,7 +14,8 @@ from typing import Any
 
 from ray import serve
 
-from cluster.contracts import Configure, Status
+from cluster.api.engine_client import EngineClient
+from cluster.contracts import Configure, SetDrafters, Status
 from cluster.errors import EngineDiedError
 from cluster.pairing.policy import preference
 from cluster.placement.directory import follow, stay_registered
@@ -24,7 +25,6 @@ from cluster.placement.logs import configure_logs
 from cluster.placement.membership import DRAFTER, VERIFIER, Member, View
 from cluster.placement.process import Main
 from verifier_service.config import VerifierSettings
-from verifier_service.engine_control import EngineControl
 from verifier_service.health import sickness
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class Verifier:
         try:
             async with asyncio.timeout(start_timeout_s):
                 self._address = await self._start(make_link, start_timeout_s)
-                self._engine = await EngineControl.connect(self._address, ANSWER_S)
-                self._status = await self._engine.status(ANSWER_S)
+                self._engine = await EngineClient.connect(self._address, ANSWER_S)
+                self._status = await self._engine.probe(ANSWER_S)
         except BaseException:
             self._gang.kill()
             raise
@@ -80,7 +80,7 @@ class Verifier:
         if unknown:
             known = ", ".join(Configure.__struct_fields__)
             raise ValueError(f"user_config of Verifier has unknown keys {sorted(unknown)}; it takes {known}")
-        await self._engine.configure(Configure(**user_config))
+        self._engine.send(Configure(**user_config))
 
     async def check_health(self) -> None:
         self._lifeline.raise_if_sick()
@@ -99,7 +99,7 @@ class Verifier:
         return (await self._gang.start(main, timeout_s))[0]
 
     async def _check(self) -> None:
-        self._status = await self._engine.status(ANSWER_S)
+        self._status = await self._engine.probe(ANSWER_S)
         if reason := sickness(self._status, self._max_step_s):
             raise EngineDiedError(reason)
 
@@ -110,7 +110,7 @@ class Verifier:
         addresses = tuple(drafters[d] for d in preference(self.id, verifiers, drafters, verifiers))
         if addresses != self._drafters:
             self._drafters = addresses
-            await self._engine.set_drafters(addresses)
+            self._engine.send(SetDrafters(addresses))
 
     def _member(self) -> Member:
         return Member(VERIFIER, self.id, self._address, {"drafter": self._linked()})

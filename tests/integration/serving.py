@@ -16,11 +16,11 @@ import ray
 import yaml
 from ray import serve
 
+from cluster.api.engine_client import EngineClient
 from cluster.contracts import Status
 from cluster.placement.membership import VERIFIER, View
 from deploy.file import read_deploy_file
 from deploy.session import app_state, deployed, ray_session
-from verifier_service.engine_control import EngineControl
 
 T = TypeVar("T")
 START_S = 180.0
@@ -97,8 +97,8 @@ def _ready(app: Served) -> bool:
 
 
 async def _status(address: str) -> Status:
-    control = await EngineControl.connect(address, 5.0)
+    engine = await EngineClient.connect(address, 5.0)
     try:
-        return await control.status(5.0)
+        return await engine.probe(5.0)
     finally:
-        control.close()
+        engine.close()
