@@ -54,9 +54,7 @@ class SparseMoe(nn.Module):
         """[..., hidden] -> the same shape, summed over ranks."""
         x = hidden.view(-1, hidden.shape[-1])
         scores = F.linear(x, self.router)
-        weights, chosen = torch.topk(torch.softmax(scores[:, : self.experts].float(), dim=-1), self.top_k, dim=-1)
-        if self.normalized:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, chosen = self._route(scores[:, : self.experts].float())
         weights = weights.to(x.dtype)
         if chosen.numel() <= LOOP_PAIRS and not x.is_cuda:
             total = self._few(x, weights, chosen)
@@ -66,6 +64,13 @@ class SparseMoe(nn.Module):
             shared = F.linear(_silu_gate(F.linear(x, self.shared_gate_up)), self.shared_down)
             total.addcmul_(shared, torch.sigmoid(scores[:, self.experts :]))
         return self.ranks.sum_(total).view(hidden.shape)
+
+    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.normalized:  # a softmax over the chosen ones is the whole softmax scaled to add up to one
+            best, chosen = torch.topk(logits, self.top_k, dim=-1)
+            return torch.softmax(best, dim=-1), chosen
+        weights, chosen = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
+        return weights, chosen
 
     def _few(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """One small product per (token, expert) pair: no sorting, no gathering, touches only the chosen experts."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from modeling.families import family_of, shard_map
-from modeling.parallel import RankGroup
+from modeling.parallel import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import RankWeights
@@ -50,7 +50,7 @@ class TargetRunner:
         config = read_target_config(target_dir)
         family = family_of(config)
         shards = shard_map(config, size)
-        self._ranks = RankGroup(rank, size, group)
+        self._ranks = join_ranks(rank, size, group, device)
         with CheckpointReader(target_dir) as reader, torch.inference_mode():
             weights = RankWeights(
                 reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
