@@ -44,5 +44,5 @@ def test_the_page_of_the_deploy_file_is_up_to_date():
 
 
 def test_a_page_without_markers_is_refused():
-    with pytest.raises(ValueError, match="markers|once each"):
+    with pytest.raises(ValueError, match="once each"):
         docs.renewed("no markers")
