@@ -20,6 +20,9 @@ def drafter(
     target: Annotated[Path, typer.Option(help="target checkpoint directory")],
     data: Annotated[Path, typer.Option(help='JSON lines: {"prompt": text}, {"turns": [..]} or {"prompt_ids": [..]}')],
     out: Annotated[Path, typer.Option(help="gets the drafter, its curves and what is needed to resume")],
+    init: Annotated[
+        Path | None, typer.Option(help="a drafter to start from; its config.json wins over options")
+    ] = None,
     layers: Annotated[int, typer.Option(min=1)] = 5,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     taps: Annotated[str, typer.Option(help="0-based target layer outputs, comma-separated; empty = spread")] = "",
@@ -56,7 +59,7 @@ def drafter(
     from drafter_service.training.sequences import DataError
     from drafter_service.training.target import TrainingTarget
     from drafter_service.training.trainer import DraftShape, Recipe, Trainer, new_config
-    from modeling.dflash import DraftCheckpointError
+    from modeling.dflash import DFlashConfig, DraftCheckpointError
     from paceline.progress import bar
 
     torch.set_num_threads(threads)
@@ -88,7 +91,8 @@ def drafter(
         )
         out.mkdir(parents=True, exist_ok=True)
         sequences = _continuations(frozen, data, out, new_tokens, sampled_share, generation_batch, seed)
-        trainer = Trainer(frozen, new_config(frozen, shape), recipe, out)
+        config = DFlashConfig.load(init) if init else new_config(frozen, shape)
+        trainer = Trainer(frozen, config, recipe, out, init)
         with bar("training", steps, trainer.step) as advance:
             trainer.run(sequences, lambda _, value, tau: advance(1, f"loss {value:.3f} tau {tau:.2f}"))
         draw(trainer.curve, out / "curves.png")

@@ -61,7 +61,7 @@ def block_hidden(
     context = model.context_kv(features, context_positions)
     masks = block_masks(model.dflash, positions, bases, context_positions)
     hidden = model(embedding(block_ids.flatten(1)).to(features.dtype), positions, context, masks)
-    return hidden.unflatten(1, (-1, size))[:, :, 1:]
+    return hidden.unflatten(1, (-1, size))[:, :, 1:].contiguous()  # a strided head GEMM would copy the weight per block
 
 
 def block_loss(logits: Tensor, blocks: Blocks, loss: str, gamma: float, alpha: float) -> tuple[Tensor, Tensor]:

@@ -106,13 +106,23 @@ def new_config(target: TrainingTarget, shape: DraftShape) -> DFlashConfig:
 class Trainer:
     """Holds the drafter, its optimizer and the place in the schedule. `run` may be interrupted and run again."""
 
-    def __init__(self, target: TrainingTarget, config: DFlashConfig, recipe: Recipe, out: Path):
+    def __init__(
+        self,
+        target: TrainingTarget,
+        config: DFlashConfig,
+        recipe: Recipe,
+        out: Path,
+        init: Path | None = None,
+    ):
+        """`init`: a drafter of the same configuration whose weights to start from. `out` wins where it can resume."""
         self.target, self.config, self.recipe, self.out = target, config, recipe, out
         torch.manual_seed(recipe.seed)
         self.model = DFlashModel(config).to(target.device)
         for name, parameter in self.model.named_parameters():  # the residual branches start small
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
+        if init is not None:
+            self.model.load_state_dict(DFlashModel.load(init, torch.float32, target.device).state_dict())
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(

@@ -52,6 +52,15 @@ def chat_prompts(tokenizer: Tokenizer, held_out: bool, count: int) -> list[list[
     ]
 
 
+def windows(tokenizer: Tokenizer, count: int, length: int = 192) -> list[list[int]]:
+    """Real text of the training side: what the drafter learns the language from before it meets the target's own."""
+    rng = random.Random(SEED)
+    documents = [ids for ids in (tokenizer.encode(text).ids for text in corpus.texts(False)) if len(ids) > length]
+    weights = [len(ids) - length for ids in documents]
+    chosen = rng.choices(documents, weights, k=count)
+    return [ids[first : first + length] for ids in chosen for first in [rng.randrange(len(ids) - length)]]
+
+
 def save(path: Path, prompts: list[list[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in prompts))
@@ -63,10 +72,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/prompts"))
     parser.add_argument("--code", type=int, default=9000)
     parser.add_argument("--chats", type=int, default=1200)
+    parser.add_argument("--windows", type=int, default=12000)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.target / "tokenizer.json"))
     train = code_prompts(tokenizer, False, arguments.code) + chat_prompts(tokenizer, False, arguments.chats)
     save(arguments.out / "train.jsonl", train)
+    lines = [{"prompt_ids": ids[:4], "completion_ids": ids[4:]} for ids in windows(tokenizer, arguments.windows)]
+    (arguments.out / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save(arguments.out / "held-out-code.jsonl", code_prompts(tokenizer, True, 96))
     save(arguments.out / "held-out-chats.jsonl", chat_prompts(tokenizer, True, 48))
 
