@@ -107,4 +107,4 @@ def _grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> to
     if rows.is_cuda and rows.dtype != torch.bfloat16:  # CUDA's grouped product knows bf16 only
         bounds = [0, *ends.tolist()]
         return torch.cat([F.linear(rows[a:b], weight[e]) for e, (a, b) in enumerate(pairwise(bounds))])
-    return torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)

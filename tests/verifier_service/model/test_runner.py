@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig
 
 from modeling.errors import CheckpointError
 from tests.verifier_service.model import tiny_targets
@@ -139,6 +141,43 @@ def test_a_missing_weight_is_named(targets, tmp_path):
         shard.unlink()
     with pytest.raises(CheckpointError, match=r"no lm_head\.weight although config\.json does not tie it"):
         make_runner(tmp_path)
+
+
+def test_a_long_prompts_attention_in_pieces_equals_the_whole(targets, monkeypatch):
+    monkeypatch.setattr("verifier_service.model.step.PIECE", 7)
+    directory, texts, expected = targets["llama"]
+    steps = schedule(texts, tiny_targets.VOCABULARY, seed=5)
+    runner = make_runner(directory)
+    assert worst_difference([runner.forward(step.plan) for step in steps], steps, expected, ())[0] < 1e-4
+
+
+def test_a_sliding_window_hides_what_the_stock_model_hides(targets, tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "layer_types": None}
+    model = tiny_targets.build("qwen3", tmp_path, **window)
+    texts = targets["qwen3"][1][:2]
+    steps = schedule(texts, tiny_targets.VOCABULARY, seed=6)
+    runner = make_runner(tmp_path)
+    outputs = [runner.forward(step.plan) for step in steps]
+    assert worst_difference(outputs, steps, reference(model, texts), ())[0] < 1e-4
+    assert worst_difference(outputs, steps, targets["qwen3"][2], ())[0] > 1e-2  # the window matters here
+
+
+def test_a_multimodal_checkpoints_text_tower_is_served(targets, tmp_path):
+    directory, texts, expected = targets["qwen3_5_moe"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    Qwen3_5MoeConfig(text_config=model.config.to_dict(), tie_word_embeddings=False).save_pretrained(tmp_path)
+    fused = {name.replace("model.", "model.language_model.", 1): x for name, x in model.state_dict().items()}
+    save_file({**fused, "model.visual.patch_embed.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    steps = schedule(texts, tiny_targets.VOCABULARY, seed=8)
+    runner = make_runner(tmp_path)
+    assert worst_difference([runner.forward(step.plan) for step in steps], steps, expected, ())[0] < 1e-4
+
+
+def test_loading_reports_its_progress_and_bytes(targets):
+    seen: list[tuple[int, int]] = []
+    runner = make_runner(targets["qwen3_5_moe"][0], progress=lambda tensors, size: seen.append((tensors, size)))
+    assert [tensors for tensors, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][1] == runner.weight_bytes
 
 
 def _prompt(tokens: list[int]) -> StepPlan:
