@@ -15,6 +15,9 @@ from deploy.router import Router
 from drafter_service.deployment import Drafter
 from verifier_service.deployment import Verifier
 
+# Requests beyond the router's own limit still have to reach it, to be told so; and /health and /metrics always.
+SPARE_REQUESTS = 256
+
 
 def build(args: Application) -> serve.Application:
     """Directory, verifiers, drafters and, as ingress, routers. Raises ConfigError before anything is started."""
@@ -24,9 +27,11 @@ def build(args: Application) -> serve.Application:
     if application.drafts_remotely and application.drafter is not None:
         services["drafter"] = _drafters(application.drafter, directory)
     router = application.router
-    return Router.options(num_replicas=router.replicas, ray_actor_options={"num_cpus": router.front_cpus}).bind(
-        application.model_name, application.verifier.target, router.settings, directory, services
-    )
+    return Router.options(
+        num_replicas=router.replicas,
+        ray_actor_options={"num_cpus": router.front_cpus},
+        max_ongoing_requests=router.max_in_flight + SPARE_REQUESTS,
+    ).bind(application.model_name, application.verifier.target, router.settings, directory, services)
 
 
 def _verifiers(part: VerifierPart, directory: Any) -> Any:

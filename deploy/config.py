@@ -21,6 +21,10 @@ class RouterPart(RouterSettings):
     replicas: int = Field(default=1, ge=1)
     front_cpus: float = Field(default=0.1, ge=0, description="CPUs of a replica")
 
+    @property
+    def settings(self) -> RouterSettings:
+        return RouterSettings(**{name: getattr(self, name) for name in RouterSettings.model_fields})
+
 
 class VerifierPart(VerifierSettings):
     """The verifier's own settings, and how many replicas of it on what."""

@@ -58,5 +58,9 @@ class Drafter:
             self._lifeline.stop()
 
     async def _start(self, settings: DrafterSettings, timeout_s: float) -> str:
-        host, port = await self._gang.rendezvous(timeout_s)
-        return (await self._gang.start(lambda _: Main(DRAFTER_MAIN, (settings, host, port)), timeout_s))[0]
+        host, _ = await self._gang.rendezvous(timeout_s)
+        return (
+            await self._gang.start(
+                lambda _: Main(DRAFTER_MAIN, (settings, host, 0), {"drafter_id": self.id}), timeout_s
+            )
+        )[0]

@@ -47,7 +47,7 @@ class Served:
     def verifiers(self) -> list[str]:
         """Addresses of engine ports."""
         handle = serve.get_deployment_handle("Directory", self.name)
-        view: View = handle.watch.remote("", 0.0).result(timeout_s=10)  # type: ignore[assignment]
+        view: View = handle.watch.remote("", 0.0).result(timeout_s=10)
         return [member.address for member in view.of(VERIFIER)]
 
     def status(self) -> Status:
