@@ -57,6 +57,7 @@ class Delta(msgspec.Struct, frozen=True):
     """What one step committed for one request. finish: "stop" | "length" | "abort" | "deadline" | "error".
 
     A stop token is part of token_ids. accepted: how many of token_ids were drafts; drafted: how many were verified.
+    error: for a person; error_kind says who can act: "request" (the client), "overloaded" (later), "engine" (elsewhere).
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class Delta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish: str | None = None
     error: str | None = None
+    error_kind: str | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):

@@ -37,6 +37,10 @@ class VerifierLink(Protocol):
     @property
     def state(self) -> LinkState: ...
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits for the drafter to read it: by this, appends after a new epoch are rationed."""
+
     def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
         """Send context features [count, hidden] (any float dtype; cast to the link's) for positions start.. ."""
 

@@ -1,0 +1,108 @@
+"""A Runner without a model: logits are a hash of the token history, read back through the KV blocks it was stored in.
+
+A plan that mixes up slots, blocks, positions, roll-back or recurrent commits gives other tokens, or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from verifier_service.model.face import ForwardOutput, ModelShape
+from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+
+ORDER = 6  # logits depend on so many last tokens, and on the position
+TABLE = 4096
+
+
+class FakeRunner:
+    """vocabulary small; taps are [position, token] pairs so that tests can tell whose they are."""
+
+    def __init__(self, slots: int, blocks: int, block_tokens: int, vocabulary: int = 64, max_context: int = 4096):
+        self.shape = ModelShape(vocabulary, 2, max_context, 1)
+        self.plans: list[StepPlan] = []
+        self._block_tokens = block_tokens
+        self._kv = [[-1] * block_tokens for _ in range(blocks)]
+        self._tables: list[list[int]] = [[] for _ in range(slots)]
+        self._committed = [0] * slots
+        self._verified: dict[int, int] = {}
+        self._logits = table(vocabulary)
+        self._taps = False
+
+    def set_taps(self, layer_ids: Sequence[int]) -> None:
+        self._taps = bool(layer_ids)
+
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        self.plans.append(plan)
+        self._apply(plan)
+        rows: list[int] = []
+        taps: list[tuple[int, int]] = []
+        everything: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
+        for work in everything:
+            assert work.start == self._committed[work.slot] or work.start == 0, (plan, self._committed)
+            keys = self._write(work.slot, work.start, work.token_ids)
+            rows += keys if isinstance(work, VerifyRow) else keys[-1:] if work.completes_prompt else []
+            taps += [(work.start + i, token) for i, token in enumerate(work.token_ids)]
+        for row in plan.verify:
+            self._verified[row.slot] = len(row.token_ids)
+        for chunk in plan.prefill:
+            self._committed[chunk.slot] = chunk.start + len(chunk.token_ids)
+        return ForwardOutput(
+            logits=self._logits[torch.tensor(rows, dtype=torch.long)],
+            taps=torch.tensor(taps, dtype=torch.float32) if self._taps and taps else None,
+        )
+
+    def _apply(self, plan: StepPlan) -> None:
+        assert {slot for slot, _ in plan.decided} == set(self._verified), "every verify row is decided in the next plan"
+        for slot, kept in plan.decided:
+            assert 1 <= kept <= self._verified[slot]
+            self._committed[slot] += kept
+        self._verified.clear()
+        for slot in plan.released:
+            self._tables[slot] = []
+            self._committed[slot] = 0
+        for slot, block in plan.new_blocks:
+            assert all(block not in table for table in self._tables), f"block {block} has two owners"
+            self._tables[slot].append(block)
+
+    def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> list[int]:
+        keys = []
+        for position, token in enumerate(token_ids, start):
+            block = self._tables[slot][position // self._block_tokens]
+            self._kv[block][position % self._block_tokens] = token
+            keys.append(history_key(self._read(slot, position), position))
+        return keys
+
+    def _read(self, slot: int, position: int) -> list[int]:
+        size, blocks = self._block_tokens, self._tables[slot]
+        return [self._kv[blocks[p // size]][p % size] for p in range(max(0, position - ORDER + 1), position + 1)]
+
+
+def table(vocabulary: int) -> torch.Tensor:
+    """float32 [TABLE, vocabulary]: the logits of each history key."""
+    return torch.randn(TABLE, vocabulary, generator=torch.Generator().manual_seed(3)) * 3
+
+
+def history_key(last: Sequence[int], position: int) -> int:
+    """Of the last ORDER tokens up to `position`."""
+    key = position
+    for token in last:
+        key = (key * 1000003 + token + 1) & 0xFFFFFFFF
+    return (key ^ key >> 13) % TABLE
+
+
+class FakeModel:
+    """The text that a FakeRunner's model gives, one token at a time."""
+
+    def __init__(self, vocabulary: int = 64):
+        self._best = table(vocabulary).argmax(-1).tolist()
+
+    def next(self, tokens: Sequence[int]) -> int:
+        return self._best[history_key(tokens[-ORDER:], len(tokens) - 1)]
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(self.next(tokens))
+        return tokens[len(prompt) :]

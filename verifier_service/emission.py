@@ -1,0 +1,53 @@
+"""From a step's progress to Deltas: one list per sink and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cluster.contracts import Delta, EngineRequest, TokenLogprobs
+from verifier_service.sampling import logprobs
+from verifier_service.sequence import Progress
+
+Sink = Callable[[list[Delta]], None]
+
+
+def error_delta(request: EngineRequest, why: str, kind: str) -> Delta:
+    """kind: as Delta.error_kind."""
+    return Delta(request.request_id, request.choice, (), finish="error", error=why, error_kind=kind)
+
+
+class Emission:
+    """Hands every sink what this step has for it."""
+
+    def emit(self, progress: Sequence[Progress], logits: torch.Tensor) -> None:
+        """logits: the step's, for the requests that want logprobs."""
+        by_sink: dict[Sink, list[Delta]] = {}
+        for p in progress:
+            if not p.token_ids and p.finish is None:
+                continue
+            sequence = p.sequence
+            request_id, choice = sequence.key
+            wanted = sequence.request.sampling.logprobs
+            delta = Delta(
+                request_id,
+                choice,
+                tuple(p.token_ids),
+                p.accepted,
+                p.drafted,
+                None if wanted is None else _logprobs(p, logits, wanted),
+                p.finish,
+            )
+            deltas = by_sink.get(sequence.sink)
+            if deltas is None:
+                by_sink[sequence.sink] = [delta]
+            else:
+                deltas.append(delta)
+        for sink, deltas in by_sink.items():
+            sink(deltas)
+
+
+def _logprobs(progress: Progress, logits: torch.Tensor, top: int) -> tuple[TokenLogprobs, ...]:
+    rows = range(progress.logit_row, progress.logit_row + len(progress.token_ids))
+    return tuple(logprobs(logits, rows, progress.token_ids, top))

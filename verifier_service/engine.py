@@ -1,0 +1,309 @@
+"""Rank 0's engine: requests in, Deltas out, one step after the other.
+
+A step: plan -> tell the other ranks -> target forward -> accept -> commit -> send features and ask for drafts -> emit,
+while the drafter works -> collect drafts. Everything but the calls marked thread-safe runs on the engine's own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cluster.contracts import Configure, Delta, EngineInfo, EngineRequest, Status
+from cluster.errors import OverloadedError
+from verifier_service.deadlines import Deadlines
+from verifier_service.emission import Emission, Sink, error_delta
+from verifier_service.model.face import Runner
+from verifier_service.packing import PlanChannel
+from verifier_service.plan import StepPlan
+from verifier_service.proposers.face import Proposer
+from verifier_service.proposers.plain import NoProposer
+from verifier_service.sampling import Draw, sample
+from verifier_service.scheduler import SampledRows, Scheduler, SchedulerLimits
+from verifier_service.sequence import Key, Progress, RunningRequest, key_of
+from verifier_service.tally import Tally
+from verifier_service.validation import RequestLimits, problem
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Start:
+    request: EngineRequest
+    sink: Sink
+
+
+@dataclass(frozen=True)
+class _Abort:
+    """sink: only if the request is this one's; None: whoever's."""
+
+    key: Key
+    sink: Sink | None
+
+
+@dataclass(frozen=True)
+class _Drop:
+    """All requests of a sink."""
+
+    sink: Sink
+
+
+class Engine:
+    """One target's engine. Use: start (a thread) or run (this thread); submit and abort from any thread; stop.
+
+    info: what clients are told. channel: to the other ranks. block_size in info is 1 for plain decoding.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        limits: SchedulerLimits,
+        info: EngineInfo,
+        *,
+        proposer: Proposer | None = None,
+        channel: PlanChannel | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+    ):
+        self.info = info
+        self._runner = runner
+        self._scheduler = Scheduler(limits)
+        self._limits = RequestLimits(info.vocabulary, info.max_context, limits.blocks * limits.block_tokens)
+        self._proposer = proposer or NoProposer()
+        self._channel = channel or PlanChannel(None)
+        self._heartbeat_s = heartbeat_s
+        self._emission = Emission()
+        self._deadlines = Deadlines()
+        self._tally = Tally()
+        self._commands: deque[_Start | _Abort | _Drop] = deque()
+        self._arrived = threading.Condition(threading.Lock())
+        self._stopping = False
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._step_ended = time.monotonic()
+        runner.set_taps(self._proposer.tap_layers)
+
+    # Thread-safe.
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        """Start or resume a request. `sink(deltas)` is called on the engine's thread, once a step with all it has.
+
+        Whatever is wrong with a request is told by a Delta with finish "error": nothing is raised.
+        """
+        if not self._command(_Start(request, sink)):
+            sink([error_delta(request, "the engine has stopped: send the request elsewhere", "engine")])
+
+    def abort(self, request_id: str, choice: int = 0, sink: Sink | None = None) -> None:
+        """Free a request's resources now; its Delta with finish "abort" still comes. Unknown ids are ignored.
+
+        With a sink, a request of another sink is left alone.
+        """
+        self._command(_Abort((request_id, choice), sink))
+
+    def drop(self, sink: Sink) -> None:
+        """Abort all requests of a sink, because nobody listens there any more."""
+        self._command(_Drop(sink))
+
+    def configure(self, settings: Configure) -> None:
+        self._proposer.configure(settings.max_draft_tokens, settings.soft_deadline_s)
+
+    def set_drafters(self, addresses: Sequence[str]) -> None:
+        self._proposer.set_drafters(addresses)
+
+    def status(self, nonce: int = 0) -> Status:
+        scheduler, drafting = self._scheduler, self._proposer.state()
+        return Status(
+            nonce=nonce,
+            step=scheduler.step,
+            seconds_since_step=time.monotonic() - self._step_ended,
+            running=scheduler.running,
+            waiting=scheduler.waiting + len(self._commands),
+            free_blocks=scheduler.pool.free,
+            total_blocks=scheduler.pool.total,
+            linked=drafting.linked,
+            drafter_id=drafting.drafter_id,
+            epoch=drafting.epoch,
+            counters={**self._tally.counters(), "preemptions": float(scheduler.preemptions), **drafting.counters},
+        )
+
+    def start(self) -> None:
+        """Run on a thread of its own."""
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End after the step under way; requests in flight get an error Delta. Raises TimeoutError if it does not."""
+        with self._arrived:
+            self._stopping = True
+            self._arrived.notify_all()
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError(f"the engine's step did not end within {timeout_s:g} s")
+
+    # The engine's thread.
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Until stop. Raises what a step raised, after every request in flight has had an error Delta."""
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._expire()
+                if len(self._scheduler):
+                    self._step()
+                elif not self._wait_for_work():
+                    self._beat()
+            self._channel.send(StepPlan(step=self._scheduler.step + 1, stop=True))
+            self._end("the engine is stopping: send the request to another one, or again later")
+        except BaseException as error:
+            log.exception("step %d failed", self._scheduler.step)
+            self._end(f"the engine failed in step {self._scheduler.step} and restarts ({type(error).__name__})")
+            raise
+        finally:
+            self._ended.set()
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        plan = self._scheduler.plan()
+        self._channel.send(plan)
+        before = time.monotonic()
+        output = self._runner.forward(plan)
+        forward = time.monotonic() - before
+        assert output.logits is not None, "rank 0 gets the logits"
+        samples = sample(output.logits, _draws(self._scheduler.sampled_rows())) if output.logits.shape[0] else []
+        progress = self._scheduler.commit(samples)
+        self._advance(progress, output.taps)
+        self._emission.emit(progress, output.logits)
+        self._forget([p.sequence for p in progress if p.finish is not None])
+        waited = self._collect()
+        self._step_ended = time.monotonic()
+        self._tally.step(plan, progress, self._step_ended - began, forward, waited)
+
+    def _beat(self) -> None:
+        """An empty step, so that a rank that has died is noticed while nothing else happens."""
+        plan = self._scheduler.plan()
+        self._channel.send(plan)
+        self._runner.forward(plan)
+        self._scheduler.commit(())
+        self._step_ended = time.monotonic()
+
+    def _wait_for_work(self) -> bool:
+        """False if nothing has come within a heartbeat."""
+        with self._arrived:
+            return self._arrived.wait_for(lambda: self._stopping or bool(self._commands), self._heartbeat_s)
+
+    # Requests come and go.
+
+    def _command(self, command: _Start | _Abort | _Drop) -> bool:
+        """False if the engine has ended."""
+        with self._arrived:
+            if self._ended.is_set():
+                return False
+            self._commands.append(command)
+            self._arrived.notify_all()
+            return True
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            match self._commands.popleft():
+                case _Start(request, sink):
+                    self._admit(request, sink)
+                case _Abort(key, sink):
+                    if sink is None or self._scheduler.sink_of(key) == sink:
+                        self._finish(key, "abort")
+                case _Drop(sink):
+                    for sequence in self._scheduler.requests():
+                        if sequence.sink == sink:
+                            self._finish(sequence.key, "abort")
+
+    def _admit(self, request: EngineRequest, sink: Sink) -> None:
+        if why := problem(request, self._limits):
+            sink([error_delta(request, why, "request")])
+        elif key_of(request) in self._scheduler:
+            sink([error_delta(request, f"request_id {request.request_id!r} is already running here", "request")])
+        elif ended := _already_ended(request):
+            sink([Delta(request.request_id, request.choice, (), finish=ended)])
+        else:
+            try:
+                self._scheduler.add(request, sink)
+            except OverloadedError as error:
+                sink([error_delta(request, str(error), "overloaded")])
+                return
+            if request.deadline is not None:
+                self._deadlines.add(key_of(request), request.deadline)
+
+    def _expire(self) -> None:
+        for key in self._deadlines.passed(time.time()):
+            self._finish(key, "deadline")
+
+    def _finish(self, key: Key, finish: str) -> None:
+        sequence = self._scheduler.remove(key)
+        if sequence is not None:
+            self._tally.finished(finish)
+            self._forget([sequence])
+            sequence.sink([Delta(*key, (), finish=finish)])
+
+    def _end(self, why: str) -> None:
+        with self._arrived:
+            self._stopping = True
+            self._ended.set()  # from here on `_command` answers by itself
+            left = [command for command in self._commands if isinstance(command, _Start)]
+            self._commands.clear()
+        by_sink: dict[Sink, list[Delta]] = {}
+        unfinished = [(start.request, start.sink) for start in left]
+        unfinished += [(sequence.request, sequence.sink) for sequence in self._scheduler.requests()]
+        for request, sink in unfinished:
+            by_sink.setdefault(sink, []).append(error_delta(request, why, "engine"))
+        for sink, deltas in by_sink.items():
+            sink(deltas)
+        self._guarded(self._proposer.stop)
+
+    # Drafting can cost speed, never a request: what fails in it ends drafting and nothing else.
+
+    def _advance(self, progress: list[Progress], taps: torch.Tensor | None) -> None:
+        self._guarded(lambda: self._proposer.advance(progress, taps))
+
+    def _collect(self) -> float:
+        began = time.monotonic()
+        self._guarded(self._proposer.collect)
+        return time.monotonic() - began
+
+    def _forget(self, sequences: list[RunningRequest]) -> None:
+        if sequences:
+            for sequence in sequences:
+                self._deadlines.forget(sequence.key)
+            self._guarded(lambda: self._proposer.forget(sequences))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("drafting failed in step %d; decoding plainly from here on", self._scheduler.step)
+            failed, self._proposer = self._proposer, NoProposer()
+            self._runner.set_taps(())
+            threading.Thread(target=failed.stop, name="stop-drafting", daemon=True).start()
+
+
+def follow(runner: Runner, channel: PlanChannel) -> None:
+    """Every other rank: execute plans until rank 0 says stop. Raises RuntimeError when rank 0 is gone."""
+    with torch.inference_mode():
+        while not (plan := channel.receive()).stop:
+            runner.forward(plan)
+
+
+def _draws(rows: list[SampledRows]) -> list[Draw]:
+    return [Draw(r.row, r.count, r.position, r.request.seed, r.request.choice, r.request.sampling) for r in rows]
+
+
+def _already_ended(request: EngineRequest) -> str | None:
+    """A resumed request may have had its last token before its engine died."""
+    generated = request.generated_ids
+    if generated and generated[-1] in request.stop_token_ids and len(generated) >= request.min_new_tokens:
+        return "stop"
+    return "length" if len(generated) >= request.max_new_tokens else None

@@ -1,0 +1,128 @@
+"""Context features of running requests, kept on the host so that a draft context can be built again at any time.
+
+A new drafter, a new epoch of the link or an eviction loses what was sent; the last W tokens' features are sent again
+from here. Bounded in bytes: over the bound the longest request loses its oldest rows, which costs acceptance only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+LOOSE = 32  # a request's newest rows are views of steps' tensors; so many are joined into a copy, and the steps' freed
+
+
+class FeatureStore:
+    """By request: rows [count, hidden] for consecutive positions. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._held: dict[Hashable, _Held] = {}
+        self.bytes = 0
+
+    def put(self, key: Hashable, start: int, rows: torch.Tensor, window: int) -> None:
+        """Add rows for positions start.. ; the newest `window` positions are kept.
+
+        Positions already held are skipped (a preempted request computes them again). A gap starts afresh at `start`.
+        The rows are kept as they are, not copied: they must not be written to.
+        """
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = _Held(start)
+        elif start > held.end or start + rows.shape[0] < held.first:
+            self.bytes -= held.restart(start)
+        known = held.end - start
+        if known > 0:
+            rows = rows[known:]
+        if not rows.shape[0]:
+            return
+        self.bytes += held.add(rows) - held.trim(window)
+        if self.bytes > self._max_bytes:
+            self._shrink()
+
+    def first(self, key: Hashable) -> int:
+        """The oldest position held, or the end if there is none."""
+        held = self._held.get(key)
+        return held.first if held is not None else 0
+
+    def end(self, key: Hashable) -> int:
+        """One past the newest position held; 0 for an unknown request."""
+        held = self._held.get(key)
+        return held.end if held is not None else 0
+
+    def since(self, key: Hashable, start: int) -> tuple[int, list[torch.Tensor]]:
+        """Rows from position `start` (or the oldest held, if that is later) on: first position, pieces in order."""
+        held = self._held.get(key)
+        return held.since(start) if held is not None else (start, [])
+
+    def forget(self, key: Hashable) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self.bytes -= held.bytes
+
+    def _shrink(self) -> None:
+        while self.bytes > self._max_bytes:
+            longest = max(self._held.values(), key=lambda held: held.bytes)
+            rows = longest.end - longest.first
+            if rows == 0:
+                return
+            self.bytes -= longest.trim(rows // 2, exact=True)
+
+
+class _Held:
+    """One request's pieces; positions first..end-1 are valid, though the oldest piece may begin before first."""
+
+    __slots__ = ("bytes", "end", "first", "loose", "pieces")
+
+    def __init__(self, start: int):
+        self.first = self.end = start
+        self.pieces: list[torch.Tensor] = []
+        self.loose = 0
+        self.bytes = 0
+
+    def restart(self, start: int) -> int:
+        freed, self.bytes = self.bytes, 0
+        self.pieces.clear()
+        self.loose = 0
+        self.first = self.end = start
+        return freed
+
+    def add(self, rows: torch.Tensor) -> int:
+        self.pieces.append(rows)
+        self.end += rows.shape[0]
+        self.loose += 1
+        if self.loose >= LOOSE:
+            self.pieces[-LOOSE:] = [torch.cat(self.pieces[-LOOSE:])]
+            self.loose = 0
+        self.bytes += rows.nbytes
+        return rows.nbytes
+
+    def trim(self, window: int, exact: bool = False) -> int:
+        """Keep the newest `window` positions; bytes freed. Whole pieces go at once, parts of one when exact."""
+        if self.end - self.first <= window:
+            return 0
+        before, self.first = self.bytes, self.end - window
+        begin = self.end - sum(piece.shape[0] for piece in self.pieces)
+        while self.pieces and begin + self.pieces[0].shape[0] <= self.first:
+            piece = self.pieces.pop(0)
+            begin += piece.shape[0]
+            self.bytes -= piece.nbytes
+        self.loose = min(self.loose, len(self.pieces))
+        stale = self.first - begin
+        if self.pieces and stale and (exact or stale >= window):
+            old = self.pieces[0]
+            self.pieces[0] = old[stale:].clone()
+            self.bytes -= old.nbytes - self.pieces[0].nbytes
+        return before - self.bytes
+
+    def since(self, start: int) -> tuple[int, list[torch.Tensor]]:
+        start = max(start, self.first)
+        wanted: list[torch.Tensor] = []
+        at = self.end
+        for piece in reversed(self.pieces):
+            if at <= start:
+                break
+            at -= piece.shape[0]
+            wanted.append(piece if at >= start else piece[start - at :])
+        return start, wanted[::-1]

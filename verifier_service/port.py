@@ -1,0 +1,170 @@
+"""The engine port: clients (routers, the front, the bench) talk to rank 0 over TCP, frames of cluster.wire.
+
+An asyncio loop in one background thread serves all connections. Deltas leave in one message per step and connection.
+A connection that closes takes its requests with it; one that does not read is dropped before it fills the memory; bytes
+that are no frame of ours end their connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+
+from cluster.contracts import (
+    Abort,
+    Configure,
+    Delta,
+    Deltas,
+    FromEngine,
+    Probe,
+    SetDrafters,
+    Submit,
+    ToEngine,
+)
+from cluster.errors import ProtocolError
+from cluster.wire import Codec
+from verifier_service.engine import Engine
+
+log = logging.getLogger(__name__)
+
+MAX_UNREAD_BYTES = 16 << 20
+DRAIN_S = 2.0  # at the end, for what was written to reach its reader
+
+
+class EnginePort:
+    """Serves `engine` on host:port (port 0: any free one) from construction until `stop`. `address` is "host:port".
+
+    Raises OSError if the address cannot be bound.
+    """
+
+    def __init__(self, engine: Engine, host: str, port: int = 0, max_unread_bytes: int = MAX_UNREAD_BYTES):
+        self._engine = engine
+        self._max_unread_bytes = max_unread_bytes
+        self._connections: set[_Connection] = set()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=128)
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{listener.getsockname()[1]}"
+        self._loop = asyncio.new_event_loop()
+        self._listener = listener
+        self._thread = threading.Thread(target=self._run, name="engine-port", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Send what is written, close every connection and end the thread; takes at most DRAIN_S and a bit."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            self._thread.join(DRAIN_S + 2)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listener, limit=1 << 20))
+        try:
+            self._loop.run_forever()
+        finally:
+            server.close()
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = _Connection(self._engine, self._loop, reader, writer, self._max_unread_bytes)
+        self._connections.add(connection)
+        try:
+            await connection.serve()
+        finally:
+            self._connections.discard(connection)
+
+    async def _close(self) -> None:
+        connections = list(self._connections)
+        tasks = [asyncio.ensure_future(connection.close()) for connection in connections]
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
+        current = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not current]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        self._loop.stop()
+
+
+class _Connection:
+    """One client. `deliver` is its requests' sink, called on the engine's thread; all else runs on the port's loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        max_unread_bytes: int,
+    ):
+        self._engine, self._loop = engine, loop
+        self._reader, self._writer = reader, writer
+        self._max_unread_bytes = max_unread_bytes
+        self._codec: Codec[ToEngine] = Codec(ToEngine)
+        self._peer = writer.get_extra_info("peername")
+        self._closed = False
+
+    async def serve(self) -> None:
+        """Until the client is gone or has to go; its requests are then aborted."""
+        self._writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._send(self._engine.info)
+        try:
+            while True:
+                self._take(await self._codec.read(self._reader))
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # the client has left
+        except ProtocolError as error:
+            log.warning("a client at %s does not speak this protocol, its connection is closed: %s", self._peer, error)
+        finally:
+            self._closed = True
+            self._engine.drop(self.deliver)
+            self._writer.close()
+
+    async def close(self) -> None:
+        """Once what was written has left."""
+        self._closed = True
+        self._writer.close()
+        with contextlib.suppress(OSError):  # gone already
+            await self._writer.wait_closed()
+
+    def deliver(self, deltas: list[Delta]) -> None:
+        if self._closed:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._write, deltas)
+        except RuntimeError:
+            self._closed = True  # the port has stopped
+
+    def _take(self, message: ToEngine) -> None:
+        match message:
+            case Submit(request):
+                self._engine.submit(request, self.deliver)
+            case Abort(request_id, choice):
+                self._engine.abort(request_id, choice, self.deliver)
+            case Probe(nonce):
+                self._send(self._engine.status(nonce))
+            case SetDrafters(addresses):
+                self._engine.set_drafters(addresses)
+            case Configure():
+                self._engine.configure(message)
+
+    def _write(self, deltas: list[Delta]) -> None:
+        self._send(Deltas(tuple(deltas)))
+
+    def _send(self, message: FromEngine) -> None:
+        if self._closed or self._writer.transport.is_closing():
+            return
+        try:
+            self._writer.write(self._codec.pack(message))
+        except ProtocolError:
+            log.exception("a %s for %s could not be sent; its connection is closed", type(message).__name__, self._peer)
+            self._writer.transport.abort()
+            return
+        unread = self._writer.transport.get_write_buffer_size()
+        if unread > self._max_unread_bytes:
+            log.warning("a client at %s has %d bytes unread; its connection is dropped", self._peer, unread)
+            self._writer.transport.abort()

@@ -1,0 +1,260 @@
+"""Drafts from a DFlash drafter at the other end of a link: context features go there, draft tokens come back."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cluster.link.face import LinkState, VerifierLink
+from cluster.link.messages import DraftAnswer, DraftAsk
+from verifier_service.features import FeatureStore
+from verifier_service.proposers.face import ProposerState
+from verifier_service.proposers.patience import Patience
+from verifier_service.sequence import Key, Progress, RunningRequest
+
+UNSENT_BYTES = 8 << 20  # while more than this waits for the drafter, contexts that lag behind are not caught up
+
+
+class Fuser(Protocol):
+    """taps [n, taps x hidden of the target] -> context features [n, hidden]."""
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def __call__(self, taps: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Context:
+    """A request as the drafter knows it. sent: features below this position were sent in this epoch.
+
+    asked: base of the ask that is not answered yet, or None.
+    """
+
+    sequence: RunningRequest
+    context_id: str
+    limit: int
+    sent: int = 0
+    asked: DraftAsk | None = None
+
+
+class LinkProposer:
+    """A Proposer over a VerifierLink. Whatever the drafter does or fails to do costs speed only.
+
+    window: features kept per request while no drafter has named its own. max_draft_tokens: None = block size - 1.
+    """
+
+    def __init__(
+        self,
+        link: VerifierLink,
+        fuser: Fuser,
+        store: FeatureStore,
+        *,
+        verifier_id: str,
+        max_draft_tokens: int | None,
+        soft_deadline_s: float,
+        window: int = 4096,
+    ):
+        self._link, self._fuser, self._store = link, fuser, store
+        self._verifier_id = verifier_id
+        self._max_draft_tokens = max_draft_tokens
+        self._patience = Patience(soft_deadline_s)
+        self._window = window
+        self._epoch = 0
+        self._contexts: dict[Key, _Context] = {}
+        self._by_id: dict[str, _Context] = {}
+        self._lagging: set[_Context] = set()
+        self._late: set[_Context] = set()
+        self._asks: list[DraftAsk] = []
+        self._counters: Counter[str] = Counter(
+            draft_asks=0, draft_answers=0, drafts_late=0, drafts_missed=0, context_tokens=0
+        )
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        return tuple(self._fuser.target_layer_ids)
+
+    def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
+        state = self._link.state
+        self._follow(state)
+        moved = [(self._context(p.sequence), p) for p in progress if p.finish is None]
+        moved = [(context, p) for context, p in moved if context.limit > 0]
+        if taps is not None and moved:
+            self._take_features(moved, taps, state.linked)
+        if not state.linked:
+            return
+        self._catch_up()
+        self._ask([context for context, p in moved if p.token_ids], state)
+
+    def collect(self) -> None:
+        if self._late:
+            self._take([context.asked for context in self._late if context.asked is not None], 0.0)
+        if not self._asks:
+            return
+        asks, self._asks = self._asks, []
+        answered = self._take(asks, self._patience.soft_deadline_s)
+        if answered == len(asks):
+            self._patience.kept()
+        elif self._link.state.epoch == self._epoch and self._link.state.linked:
+            self._patience.missed(time.monotonic())
+            self._counters["drafts_missed"] += len(asks) - answered
+            self._late.update(c for ask in asks if (c := self._by_id.get(ask.context_id)) and c.asked is ask)
+
+    def forget(self, sequences: Sequence[RunningRequest]) -> None:
+        gone = []
+        for sequence in sequences:
+            self._store.forget(sequence.key)
+            context = self._contexts.pop(sequence.key, None)
+            if context is not None:
+                del self._by_id[context.context_id]
+                self._lagging.discard(context)
+                self._late.discard(context)
+                if context.sent:
+                    gone.append(context.context_id)
+        if gone:
+            self._link.close_contexts(gone)
+
+    def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
+        if max_draft_tokens is not None:
+            self._max_draft_tokens = max_draft_tokens
+        if soft_deadline_s is not None:
+            self._patience.soft_deadline_s = soft_deadline_s
+
+    def set_drafters(self, addresses: Sequence[str]) -> None:
+        self._link.set_drafters(addresses)
+
+    def state(self) -> ProposerState:
+        state = self._link.state
+        counters = {**self._counters, "link_bytes": float(state.sent_bytes), "feature_bytes": float(self._store.bytes)}
+        return ProposerState(state.linked, state.drafter_id, state.epoch, counters)
+
+    def stop(self) -> None:
+        self._link.stop()
+
+    def _follow(self, state: LinkState) -> None:
+        """After a new epoch, or an eviction, nothing that was sent before is there."""
+        if state.epoch != self._epoch:
+            self._epoch = state.epoch
+            self._window = state.window or self._window
+            self._patience.renew()
+            for context in self._contexts.values():
+                self._restart(context)
+        for context_id in self._link.evicted():
+            if (lost := self._by_id.get(context_id)) is not None:
+                self._restart(lost)
+
+    def _restart(self, context: _Context) -> None:
+        context.sent, context.asked = 0, None
+        self._late.discard(context)
+        if self._store.end(context.sequence.key):
+            self._lagging.add(context)
+
+    def _context(self, sequence: RunningRequest) -> _Context:
+        context = self._contexts.get(sequence.key)
+        if context is None:
+            own = sequence.request.max_draft_tokens
+            limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
+            request_id, choice = sequence.key
+            context = _Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
+            self._contexts[sequence.key] = self._by_id[context.context_id] = context
+        return context
+
+    # Features.
+
+    def _take_features(self, moved: list[tuple[_Context, Progress]], taps: torch.Tensor, linked: bool) -> None:
+        """Fuse the committed rows in one go, keep them, and send each context its own."""
+        parts = []
+        rows = 0
+        for context, progress in moved:
+            skipped = max(0, min(progress.kept, len(context.sequence.tokens) - self._window - progress.start))
+            if skipped < progress.kept:
+                parts.append((context, progress.start + skipped, progress.row + skipped, progress.kept - skipped))
+                rows += progress.kept - skipped
+        if rows == 0:
+            return
+        if rows != taps.shape[0]:
+            kept = [row for _, _, first, count in parts for row in range(first, first + count)]
+            taps = taps.index_select(0, torch.tensor(kept, device=taps.device))
+        features = self._fuser(taps)
+        stored = features.cpu()
+        at = 0
+        for context, start, _, count in parts:
+            self._store.put(context.sequence.key, start, stored[at : at + count], self._window)
+            if linked:
+                self._send_new(context, start, features[at : at + count])
+            at += count
+
+    def _send_new(self, context: _Context, start: int, rows: torch.Tensor) -> None:
+        if context in self._lagging or start + rows.shape[0] <= context.sent:
+            return  # caught up below, from the store; or computed again after a preemption
+        if context.sent and start > context.sent:
+            self._lagging.add(context)
+            return
+        if start < context.sent:
+            rows, start = rows[context.sent - start :], context.sent
+        self._append(context, start, rows)
+
+    def _append(self, context: _Context, start: int, rows: torch.Tensor) -> None:
+        self._link.append(context.context_id, start, rows)
+        self._counters["context_tokens"] += rows.shape[0]
+        context.sent = start + rows.shape[0]
+
+    def _catch_up(self) -> None:
+        """Send lagging contexts what the store has, as fast as the drafter takes it in."""
+        while self._lagging and self._link.queued_bytes < UNSENT_BYTES:
+            context = self._lagging.pop()
+            start, pieces = self._store.since(context.sequence.key, context.sent)
+            if pieces:
+                self._append(context, start, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+
+    # Drafts.
+
+    def _ask(self, contexts: list[_Context], state: LinkState) -> None:
+        now = time.monotonic()
+        if not contexts or not self._patience.may_ask(now):
+            return
+        most = state.block_size - 1
+        if self._max_draft_tokens is not None:
+            most = min(most, self._max_draft_tokens)
+        for context in contexts:
+            sequence = context.sequence
+            rows = min(most, context.limit, sequence.remaining - 1)
+            if rows > 0 and context.asked is None and context.sent == sequence.computed:
+                context.asked = DraftAsk(context.context_id, sequence.computed, sequence.tokens[-1], rows)
+                self._asks.append(context.asked)
+        if self._asks:
+            self._counters["draft_asks"] += len(self._asks)
+            self._link.ask(self._asks)
+
+    def _take(self, asks: list[DraftAsk], timeout_s: float) -> int:
+        """Hand the answers that have come to their requests; how many came."""
+        answers = self._link.collect(asks, timeout_s)
+        for (context_id, _), answer in answers.items():
+            context = self._by_id.get(context_id)
+            if context is None or context.asked is None or context.asked.base != answer.base:
+                continue
+            context.asked = None
+            self._counters["draft_answers"] += 1
+            if context in self._late:
+                self._late.discard(context)
+                self._counters["drafts_late"] += 1
+            context.sequence.drafts = _still_useful(answer, context.sequence)
+        return len(answers)
+
+
+def _still_useful(answer: DraftAnswer, sequence: RunningRequest) -> tuple[int, ...]:
+    """What an answer says beyond the tokens committed since it was asked for; nothing if they differ from it."""
+    if sequence.computed != len(sequence.tokens) - 1:
+        return ()  # preempted meanwhile
+    since = tuple(sequence.tokens[answer.base + 1 :])
+    if answer.token_ids[: len(since)] != since:
+        return ()
+    return answer.token_ids[len(since) :]

@@ -1,0 +1,183 @@
+"""One rank of a verifier, from settings to the end of its life. Rank 0 also holds the engine, its port and the link."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from cluster.contracts import EngineInfo
+from cluster.link.face import VerifierLink
+from modeling.dflash import FeatureFuser
+from modeling.target_config import target_fingerprint
+from verifier_service.config import VerifierSettings
+from verifier_service.engine import Engine, follow
+from verifier_service.features import FeatureStore
+from verifier_service.fit import check_fit
+from verifier_service.model.runner import TargetRunner
+from verifier_service.packing import PlanChannel
+from verifier_service.port import EnginePort
+from verifier_service.proposers.face import Proposer
+from verifier_service.proposers.linked import LinkProposer
+from verifier_service.proposers.plain import NoProposer
+from verifier_service.scheduler import SchedulerLimits
+
+log = logging.getLogger(__name__)
+
+MEET_S = 300.0  # for all ranks' processes to be there
+LOAD_S = 1800.0  # for the slowest rank to have its weights, after the fastest
+STEP_S = 120.0  # longest silence between ranks; idle ones hear from each other every second
+
+
+class MakeLink(Protocol):
+    """Builds rank 0's end of the link: remote, or to a drafter in this process. Chosen by the composition root."""
+
+    def __call__(
+        self,
+        settings: VerifierSettings,
+        fuser: FeatureFuser,
+        *,
+        verifier_id: str,
+        target_fingerprint: str,
+        vocabulary: int,
+    ) -> VerifierLink: ...
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """group: None for a single rank. meet(): returns when every rank has called it."""
+
+    group: Any
+    meet: Callable[[], None]
+
+
+def run_rank(
+    settings: VerifierSettings,
+    rank: int,
+    rendezvous: str,
+    *,
+    engine_id: str,
+    host: str,
+    make_link: MakeLink | None,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Blocks until the rank's life is over; returns after a stop, raises whatever ended it.
+
+    rendezvous: "host:port" on rank 0's machine, free; unused for a single rank. host: where rank 0 opens the engine
+    port. make_link: needed on rank 0 unless speculation.mode is "none". on_ready("host:port" of the engine port) is
+    called once all ranks are loaded, with "" on ranks other than 0. Raises ConfigError before anything is loaded.
+    """
+    torch.set_num_threads(settings.threads_per_rank)
+    check_fit(settings)
+    with _ranks(settings, rank, rendezvous) as ranks:
+        runner = TargetRunner(
+            settings.target,
+            rank=rank,
+            size=settings.tensor_parallel_size,
+            group=ranks.group,
+            num_blocks=_limits(settings).blocks,
+            block_tokens=settings.block_tokens,
+            num_slots=settings.max_requests,
+            dtype=getattr(torch, settings.dtype),
+            device=settings.device,
+            max_context=settings.max_context,
+        )
+        channel = PlanChannel(ranks.group)
+        if rank == 0:
+            engine = build_engine(settings, runner, channel, engine_id, make_link)
+            ranks.meet()
+            _serve(engine, host, on_ready)
+        else:
+            ranks.meet()
+            on_ready("")
+            follow(runner, channel)
+
+
+def build_engine(
+    settings: VerifierSettings,
+    runner: TargetRunner,
+    channel: PlanChannel | None,
+    engine_id: str,
+    make_link: MakeLink | None,
+) -> Engine:
+    """Rank 0's engine over a loaded runner, with its proposer and link."""
+    fingerprint = target_fingerprint(settings.target)
+    proposer: Proposer = NoProposer()
+    block_size = 1
+    if settings.speculation.mode != "none":
+        assert make_link is not None, "rank 0 needs a link to draft"
+        assert settings.drafter is not None, "settings without a drafter are refused when they are read"
+        fuser = FeatureFuser.load(settings.drafter, getattr(torch, settings.dtype), settings.device)
+        block_size = fuser.block_size
+        link = make_link(
+            settings,
+            fuser,
+            verifier_id=engine_id,
+            target_fingerprint=fingerprint,
+            vocabulary=runner.shape.vocabulary,
+        )
+        proposer = LinkProposer(
+            link,
+            fuser,
+            FeatureStore(settings.feature_store_bytes),
+            verifier_id=engine_id,
+            max_draft_tokens=settings.speculation.max_draft_tokens,
+            soft_deadline_s=settings.speculation.soft_deadline_s,
+        )
+    info = EngineInfo(
+        engine_id=engine_id,
+        target_fingerprint=fingerprint,
+        max_context=runner.shape.max_context,
+        vocabulary=runner.shape.vocabulary,
+        max_requests=settings.max_requests,
+        block_size=block_size,
+    )
+    return Engine(runner, _limits(settings), info, proposer=proposer, channel=channel)
+
+
+def _serve(engine: Engine, host: str, on_ready: Callable[[str], None]) -> None:
+    port = EnginePort(engine, host)
+    try:
+        log.info("engine %s listens at %s", engine.info.engine_id, port.address)
+        on_ready(port.address)
+        engine.run()
+    finally:
+        port.stop()
+
+
+def _limits(settings: VerifierSettings) -> SchedulerLimits:
+    return SchedulerLimits(
+        slots=settings.max_requests,
+        blocks=settings.kv_cache_tokens // settings.block_tokens,
+        block_tokens=settings.block_tokens,
+        step_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_waiting,
+    )
+
+
+@contextmanager
+def _ranks(settings: VerifierSettings, rank: int, rendezvous: str) -> Iterator[_Ranks]:
+    """The process group of all ranks: gloo on CPU; on CUDA NCCL, with gloo beside it for plans."""
+    size = settings.tensor_parallel_size
+    if size == 1:
+        yield _Ranks(None, lambda: None)
+        return
+    host, _, port = rendezvous.rpartition(":")
+    store = dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timedelta(seconds=MEET_S))
+    backend = "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_S))
+
+    def meet() -> None:
+        store.set(f"loaded/{rank}", "")
+        store.wait([f"loaded/{other}" for other in range(size)], timedelta(seconds=LOAD_S))
+
+    try:
+        yield _Ranks(dist.group.WORLD, meet)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""One request while the engine holds it. Owned by the engine's thread; the scheduler alone changes where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.contracts import EngineRequest
+
+Key = tuple[str, int]
+
+
+def key_of(request: EngineRequest) -> Key:
+    return request.request_id, request.choice
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """tokens: prompt and all output so far, the bonus token last. computed: how many of them are in the KV cache.
+
+    While decoding, computed == len(tokens) - 1; before that, the prompt (and what a resumed or preempted request had
+    generated) is prefilled. slot -1: waiting, holds no blocks. drafts: to follow tokens[-1], set by a proposer.
+    order: (priority, arrival): lower goes first. sink: where its Deltas go, opaque to the scheduler.
+    """
+
+    request: EngineRequest
+    order: tuple[int, int]
+    sink: Any = None
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    drafts: tuple[int, ...] = ()
+    last_step: int = 0
+    key: Key = field(init=False)
+    prompt_tokens: int = field(init=False)
+    greedy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = key_of(self.request)
+        self.prompt_tokens = len(self.request.prompt_ids)
+        self.greedy = self.request.sampling.temperature == 0
+        self.tokens = [*self.request.prompt_ids, *self.request.generated_ids]
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def remaining(self) -> int:
+        return self.request.max_new_tokens - self.generated
+
+
+@dataclass(slots=True)
+class Progress:
+    """What one step did for one request.
+
+    row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
+    logit_row: row of the logits that token_ids[0] was sampled from. token_ids: new output (none in a prefill that goes
+    on). drafted: how many drafts were verified; accepted: how many of token_ids were drafts. finish: as in Delta.
+    """
+
+    sequence: RunningRequest
+    row: int
+    start: int
+    kept: int
+    logit_row: int = -1
+    token_ids: list[int] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    finish: str | None = None

@@ -1,0 +1,56 @@
+"""What an engine has done so far, in numbers: the counters of its Status. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from verifier_service.plan import StepPlan
+from verifier_service.sequence import Progress
+
+
+class Tally:
+    """Totals since the start; written by the engine's thread, read by any. Seconds are wall clock.
+
+    step_seconds = forward_seconds + draft_seconds (waiting for drafts) + host_seconds. Heartbeat steps are not counted.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._verify_rows = self._prefill_tokens = 0
+        self._output = self._drafted = self._accepted = 0
+        self._step_s = self._forward_s = self._wait_s = 0.0
+        self._finished = {"stop": 0, "length": 0, "abort": 0, "deadline": 0}
+
+    def step(
+        self, plan: StepPlan, progress: Sequence[Progress], step_s: float, forward_s: float, wait_s: float
+    ) -> None:
+        self._steps += 1
+        self._verify_rows += len(plan.verify)
+        self._prefill_tokens += sum(len(chunk.token_ids) for chunk in plan.prefill)
+        self._step_s += step_s
+        self._forward_s += forward_s
+        self._wait_s += wait_s
+        for p in progress:
+            self._output += len(p.token_ids)
+            self._drafted += p.drafted
+            self._accepted += p.accepted
+            if p.finish is not None:
+                self._finished[p.finish] += 1
+
+    def finished(self, why: str) -> None:
+        self._finished[why] += 1
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "steps": float(self._steps),
+            "verify_rows": float(self._verify_rows),
+            "prefill_tokens": float(self._prefill_tokens),
+            "output_tokens": float(self._output),
+            "drafted_tokens": float(self._drafted),
+            "accepted_tokens": float(self._accepted),
+            "step_seconds": self._step_s,
+            "forward_seconds": self._forward_s,
+            "draft_seconds": self._wait_s,
+            "host_seconds": self._step_s - self._forward_s - self._wait_s,
+            **{f"finished_{why}": float(count) for why, count in self._finished.items()},
+        }

@@ -1,0 +1,72 @@
+"""What an engine refuses, and how it says so: the field, the value and the limit. Plain Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cluster.contracts import EngineRequest
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Of the loaded target and its cache, in tokens."""
+
+    vocabulary: int
+    max_context: int
+    cache_tokens: int
+
+
+def problem(request: EngineRequest, limits: RequestLimits) -> str | None:
+    """The first thing that makes a request impossible to serve, or None."""
+    return _ids(request, limits) or _lengths(request, limits) or _sampling(request)
+
+
+def _ids(request: EngineRequest, limits: RequestLimits) -> str | None:
+    if not request.request_id:
+        return "request_id is empty: give every request its own"
+    if request.choice < 0:
+        return f"choice is {request.choice}: it counts from 0"
+    if not request.prompt_ids:
+        return "prompt_ids is empty: a prompt needs at least one token"
+    for name, ids in (("prompt_ids", request.prompt_ids), ("generated_ids", request.generated_ids)):
+        if ids and (min(ids) < 0 or max(ids) >= limits.vocabulary):
+            at, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < limits.vocabulary)
+            return f"{name}[{at}] is {token}: the target's vocabulary is 0..{limits.vocabulary - 1}"
+    return None
+
+
+def _lengths(request: EngineRequest, limits: RequestLimits) -> str | None:
+    prompt, output = len(request.prompt_ids), request.max_new_tokens
+    if output < 1:
+        return f"max_new_tokens is {output}: ask for at least 1"
+    if not 0 <= request.min_new_tokens <= output:
+        return f"min_new_tokens is {request.min_new_tokens}: it must be in 0..{output} (max_new_tokens)"
+    if len(request.generated_ids) > output:
+        return f"generated_ids holds {len(request.generated_ids)} tokens, more than max_new_tokens {output}"
+    if request.max_draft_tokens is not None and request.max_draft_tokens < 0:
+        return f"max_draft_tokens is {request.max_draft_tokens}: 0 is plain decoding, None the engine's choice"
+    for limit, what in ((limits.max_context, "the context"), (limits.cache_tokens, "the KV cache")):
+        if prompt + output > limit:
+            return (
+                f"prompt_ids ({prompt} tokens) and max_new_tokens ({output}) make {prompt + output}, "
+                f"beyond {what} of {limit} tokens: shorten the prompt or ask for less"
+            )
+    return None
+
+
+def _sampling(request: EngineRequest) -> str | None:
+    params = request.sampling
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        return f"sampling.temperature is {params.temperature}: it must be 0 (greedy) or a finite number above"
+    if not 0 < params.top_p <= 1:
+        return f"sampling.top_p is {params.top_p}: it must be above 0 and at most 1"
+    if params.top_k < 0:
+        return f"sampling.top_k is {params.top_k}: 0 is off, otherwise at least 1"
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        return f"sampling.logprobs is {params.logprobs}: it must be in 0..{MAX_LOGPROBS}"
+    if request.deadline is not None and not math.isfinite(request.deadline):
+        return f"deadline is {request.deadline}: give unix seconds, or none"
+    return None
