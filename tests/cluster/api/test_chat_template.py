@@ -1,0 +1,60 @@
+"""The same templates, rendered by transformers and by us."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cluster.api.chat_template import ChatTemplate
+from cluster.errors import ConfigError, RequestError
+
+MESSAGES = [{"role": "user", "content": "<b> & 'é'"}, {"role": "assistant", "content": "two\nlines"}]
+TEMPLATES = {
+    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m.content }}\n    {% endif %}\n{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=True) }}",
+    "loops": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "variables": "{{ bos_token }}{{ thinking }}{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
+    "date": "{{ strftime_now('%Y') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_renders_as_transformers_renders_it(name):
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    variables = {"bos_token": "<s>", "thinking": False}
+    expected, _ = reference.render_jinja_template(
+        [MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=True, **variables
+    )
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>"})
+    assert template.render(MESSAGES, {"thinking": False}) == expected[0]
+
+
+def test_a_template_may_refuse_messages_in_its_own_words():
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
+    with pytest.raises(RequestError, match="roles must alternate") as caught:
+        template.render(MESSAGES, {})
+    assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ 1 + 'a' }}"])
+def test_what_a_template_may_not_do_is_the_requests_error(source):
+    with pytest.raises(RequestError):
+        ChatTemplate(source, {}).render(MESSAGES, {})
+
+
+def test_messages_cannot_be_overridden_by_variables():
+    assert ChatTemplate("{{ messages | length }}", {}).render(MESSAGES, {"messages": []}) == "2"
+
+
+def test_a_template_that_is_no_jinja_stops_the_start():
+    with pytest.raises(ConfigError, match="no valid Jinja"):
+        ChatTemplate("{% for %}", {})
+
+
+def test_the_default_of_several_templates_is_used(tmp_path):
+    settings = {"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}
+    template = ChatTemplate.load(tmp_path, json.loads(json.dumps(settings)), {})
+    assert template is not None
+    assert template.render(MESSAGES, {}) == "d"

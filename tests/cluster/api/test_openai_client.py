@@ -1,0 +1,163 @@
+"""The official client, unchanged, against the router."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+from tests.cluster.api.conftest import ANSWER
+from tests.cluster.api.harness import MODEL
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+
+
+def test_a_completion_is_the_engines_text_with_its_usage(served, engine, answer_ids):
+    answer = served.client().completions.create(model=MODEL, prompt="def f", max_tokens=200)
+    assert answer.choices[0].text == ANSWER
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens == len(engine.submitted[0].prompt_ids)
+    assert answer.usage.completion_tokens == len(answer_ids) + 1
+    details = answer.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > 0
+    assert details.rejected_prediction_tokens > 0
+
+
+def test_a_streamed_completion_adds_up_to_the_whole_one(served):
+    stream = served.client().completions.create(
+        model=MODEL, prompt="def f", max_tokens=200, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == ANSWER
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_a_chat_completion_renders_the_template(served, engine, tokens):
+    answer = served.client().chat.completions.create(model=MODEL, messages=MESSAGES, max_completion_tokens=200)
+    assert answer.choices[0].message.content == ANSWER
+    assert answer.choices[0].message.role == "assistant"
+    prompt = tokens.tokenizer.decode(engine.submitted[0].prompt_ids, skip_special_tokens=False)
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == expected
+    assert engine.submitted[0].prompt_ids[0] == 1
+
+
+def test_a_streamed_chat_completion_begins_with_the_role(served):
+    stream = served.client().chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, seed=1)
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_the_async_client_streams_and_does_not(served):
+    async def both() -> tuple[str, str]:
+        async with served.async_client() as client:
+            whole = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
+            stream = await client.completions.create(model=MODEL, prompt="def f", max_tokens=200, stream=True)
+            return whole.choices[0].message.content, "".join([c.choices[0].text async for c in stream])
+
+    assert asyncio.run(both()) == (ANSWER, ANSWER)
+
+
+def test_n_choices_of_several_prompts_come_back_in_order(served, engine):
+    answer = served.client().completions.create(model=MODEL, prompt=["a", "b"], n=2, max_tokens=200, seed=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert {choice.text for choice in answer.choices} == {ANSWER}
+    assert sorted(request.choice for request in engine.submitted) == [0, 0, 1, 1]
+    assert len({(request.request_id, request.choice) for request in engine.submitted}) == 4
+    assert {request.seed for request in engine.submitted} == {5}
+    assert answer.usage.prompt_tokens == 2
+
+
+def test_streamed_choices_each_add_up(served):
+    stream = served.client().chat.completions.create(model=MODEL, messages=MESSAGES, n=3, stream=True)
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert set(texts.values()) == {ANSWER}
+
+
+def test_a_prompt_may_be_token_ids(served, engine):
+    served.client().completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=3)
+    assert engine.submitted[0].prompt_ids == (5, 6, 7)
+
+
+def test_prompts_may_be_several_lists_of_token_ids(served, engine):
+    served.client().completions.create(model=MODEL, prompt=[[5, 6], [7]], max_tokens=3)
+    assert {request.prompt_ids for request in engine.submitted} == {(5, 6), (7,)}
+
+
+def test_max_tokens_ends_with_length(served, engine, tokens, answer_ids):
+    answer = served.client().completions.create(model=MODEL, prompt="a", max_tokens=3)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].text == tokens.decode(answer_ids[:3])
+    assert answer.usage.completion_tokens == 3
+
+
+def test_sampling_fields_reach_the_engine(served, engine):
+    extra = {"top_k": 7, "min_tokens": 2, "speculation": {"max_draft_tokens": 0}}
+    served.client().completions.create(
+        model=MODEL, prompt="a", temperature=0.5, top_p=0.9, seed=-1, max_tokens=9, extra_body=extra
+    )
+    request = engine.submitted[0]
+    assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (0.5, 0.9, 7)
+    assert (request.min_new_tokens, request.max_new_tokens, request.max_draft_tokens) == (2, 9, 0)
+    assert 0 <= request.seed < 1 << 63
+    assert request.stop_token_ids == {2}
+
+
+def test_each_request_without_a_seed_gets_its_own(served, engine):
+    for _ in range(2):
+        served.client().completions.create(model=MODEL, prompt="a")
+    assert engine.submitted[0].seed != engine.submitted[1].seed
+
+
+def test_logprobs_of_a_completion_line_up_with_its_text(served):
+    answer = served.client().completions.create(model=MODEL, prompt="a", max_tokens=4, logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert logprobs.token_logprobs == [-0.5] * 4
+    assert [len(top) for top in logprobs.top_logprobs] == [2] * 4
+    assert logprobs.text_offset[0] == 0
+    assert logprobs.text_offset[1] == len(logprobs.tokens[0])
+
+
+def test_streamed_chat_logprobs_carry_each_tokens_exact_bytes(served, answer_ids):
+    stream = served.client().chat.completions.create(
+        model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=1, stream=True
+    )
+    logged = [token for chunk in stream if (own := chunk.choices[0].logprobs) for token in own.content]
+    assert len(logged) == len(answer_ids)
+    assert bytes(byte for token in logged for byte in token.bytes).decode() == ANSWER
+    assert all(len(token.top_logprobs) == 1 for token in logged)
+
+
+def test_echo_puts_the_prompt_before_the_text(served):
+    whole = served.client().completions.create(model=MODEL, prompt="def f", max_tokens=200, echo=True)
+    stream = served.client().completions.create(model=MODEL, prompt="def f", max_tokens=200, echo=True, stream=True)
+    assert whole.choices[0].text == "def f" + ANSWER
+    assert "".join(chunk.choices[0].text for chunk in stream) == "def f" + ANSWER
+
+
+def test_models_are_listed_with_their_aliases(serve, engine):
+    client = serve(engine, aliases=("org/alias",)).client()
+    assert [model.id for model in client.models.list()] == [MODEL, "org/alias"]
+    assert client.models.retrieve("org/alias").model_extra["max_model_len"] == engine.info.max_context
+    assert client.completions.create(model="org/alias", prompt="a").model == "org/alias"
+
+
+def test_a_key_is_asked_for_where_keys_are_set(serve, engine):
+    served = serve(engine, api_keys=("secret", "other"))
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        served.client(api_key="wrong").models.list()
+    served.client(api_key="secret").completions.create(model=MODEL, prompt="a")
+    served.client(api_key="other").completions.create(model=MODEL, prompt="a")
+    salts = [request.cache_salt for request in engine.submitted]
+    assert salts[0] != salts[1]
+    assert "secret" not in salts[0]
+    assert served.get("/health").status_code == 200
