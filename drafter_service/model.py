@@ -7,8 +7,9 @@ once per token by `context_kv` and kept; the block's KV is thrown away. The targ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ class DFlashModel(nn.Module):
         eps = qwen3.rms_norm_eps
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden, config.hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden, eps=eps)
-        self.layers = nn.ModuleList(DraftLayer(qwen3) for _ in range(config.layers))
+        self.heads, self.kv_heads, self.head_dim = _head_counts(qwen3)
+        self.layers = cast(Iterable[DraftLayer], nn.ModuleList(DraftLayer(qwen3) for _ in range(config.layers)))
         self.norm = nn.RMSNorm(config.hidden, eps=eps)
         self.rotary = Qwen3RotaryEmbedding(qwen3)
 
@@ -43,6 +45,12 @@ class DFlashModel(nn.Module):
         model = cls(config)
         weights = read_weights(config.directory)
         expected = model.state_dict()
+        unknown = sorted(name for name in weights if name not in expected and not name.endswith("inv_freq"))
+        if unknown:
+            raise DraftCheckpointError(
+                f"drafter checkpoint {str(directory)!r} holds {len(unknown)} tensors that are not of a DFlash model "
+                f"({', '.join(unknown[:3])}): it is of another kind (DFlash 2, EAGLE, ...), which is not supported"
+            )
         for name, tensor in expected.items():
             if name not in weights:
                 raise DraftCheckpointError(f"drafter checkpoint {str(directory)!r} lacks the tensor {name!r}")
@@ -71,7 +79,7 @@ class DFlashModel(nn.Module):
     ) -> Tensor:
         """Hidden states [N, Q, hidden], after the final norm, of block rows (embedded by the target's embedding).
 
-        positions [N, Q] int64; context: `context_kv` per layer; masks: per layer, bool [N, Q, C + Q] (see `block_masks`).
+        positions [N, Q] int64; context: `context_kv` per layer; masks: per layer, see `block_masks`.
         """
         rope = self.rotary(embeddings, positions)
         hidden = embeddings
@@ -89,9 +97,13 @@ def block_masks(config: DFlashConfig, positions: Tensor, bases: Tensor, context_
     """
     context_seen = context_positions[:, None, :] < bases[:, :, None]
     block_seen = bases[:, :, None] == bases[:, None, :]
-    keys = torch.cat([context_positions, positions], dim=1)[:, None, :]
-    seen = torch.cat([context_seen, block_seen], dim=2)
-    later = keys > positions[:, :, None]
+    keys = torch.cat([context_positions, positions], dim=1)
+    return layer_masks(config, positions, keys, torch.cat([context_seen, block_seen], dim=2))
+
+
+def layer_masks(config: DFlashConfig, positions: Tensor, keys: Tensor, seen: Tensor) -> list[Tensor]:
+    """Per layer, `seen` [N, Q, K] without what its kind of attention hides. keys [N, K]: their positions."""
+    ahead = keys[:, None, :] - positions[:, :, None]
     cache: dict[tuple[bool, bool], Tensor] = {}
     masks = []
     for kind, causal in zip(config.layer_types, config.causal):
@@ -99,9 +111,9 @@ def block_masks(config: DFlashConfig, positions: Tensor, bases: Tensor, context_
         if (sliding, causal) not in cache:
             mask = seen
             if causal:
-                mask = mask & ~later
+                mask = mask & (ahead <= 0)
             if sliding and config.sliding_window is not None:
-                mask = mask & (keys > positions[:, :, None] - config.sliding_window)
+                mask = mask & (ahead.abs() < config.sliding_window)
             cache[sliding, causal] = mask
         masks.append(cache[sliding, causal])
     return masks
@@ -123,13 +135,13 @@ class DraftLayer(nn.Module):
 class DraftAttention(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        heads, kv_heads, self.head_dim = _head_counts(config)
+        self.grouped = heads != kv_heads
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -162,6 +174,12 @@ class DraftMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _head_counts(config: Qwen3Config) -> tuple[int, int, int]:
+    """Query heads, key-value heads, head dimension."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads or heads, config.head_dim
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

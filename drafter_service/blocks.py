@@ -1,0 +1,78 @@
+"""Draft tokens from blocks: embed with the target's embedding, run the DFlash layers, read the target's head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drafter_service.attention import AttendEach, AttendPadded, Block
+from drafter_service.context import ContextTable
+from drafter_service.loading import LoadedDrafter
+from drafter_service.pool import ContextPool
+
+LOGITS_AT_ONCE = 1 << 26  # elements: the head runs in chunks of rows, so that many asks do not need gigabytes
+
+Drafts = tuple[list[int], list[float]]  # token ids, confidence of each
+
+
+class BlockDrafter:
+    """A loaded drafter with its context pool. Everything under `torch.inference_mode`, on one thread."""
+
+    def __init__(self, loaded: LoadedDrafter, slots: int):
+        self._loaded, self._model = loaded, loaded.model
+        self.pool = ContextPool(self._model, slots, loaded.window)
+        self._attend = AttendEach if self._model.device.type == "cpu" else AttendPadded
+        self._warm_up()
+
+    def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
+        """Per block, its rows - 1 most probable tokens and how probable each is.
+
+        Confidence is P(token) = exp(max logit - logsumexp) of the token's own row. A row is computed without knowing
+        which tokens the rows before it will become; read as "right, if all before it in the block are right".
+        """
+        loaded, device = self._loaded, self._model.device
+        ids: list[int] = []
+        positions: list[int] = []
+        asked: list[int] = []  # rows of the batch that are masks
+        for block, bonus in zip(blocks, bonus_tokens):
+            asked += range(len(ids) + 1, len(ids) + block.rows)
+            ids += [bonus, *[loaded.config.mask_token_id] * (block.rows - 1)]
+            positions += range(block.base, block.base + block.rows)
+        places = torch.tensor(positions, device=device)
+        hidden = F.embedding(torch.tensor(ids, device=device), loaded.embedding)
+        if loaded.embedding_scale != 1.0:
+            hidden = hidden * loaded.embedding_scale
+        hidden = self._model.forward(hidden, places, self._attend(self._model, self.pool, blocks, places))
+        tokens, confidence = self._read(hidden[torch.tensor(asked, device=device)])
+        drafts, begin = [], 0
+        for block in blocks:
+            end = begin + block.rows - 1
+            drafts.append((tokens[begin:end], confidence[begin:end]))
+            begin = end
+        return drafts
+
+    def _read(self, hidden: Tensor) -> Drafts:
+        normed = self._model.final_norm(hidden)
+        tokens: list[int] = []
+        confidence: list[float] = []
+        for rows in normed.split(max(1, LOGITS_AT_ONCE // self._loaded.vocabulary)):
+            logits = self._loaded.shaped(self._loaded.head(rows).float())
+            ids = logits.argmax(dim=-1, keepdim=True)
+            tokens += ids[:, 0].tolist()
+            # exp(max - logsumexp); torch's softmax takes a third of the time of its logsumexp on CPU
+            confidence += logits.softmax(dim=-1).gather(-1, ids)[:, 0].tolist()
+        return tokens, confidence
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """The first call of every kernel is slow; let no verifier wait for it."""
+        table, rows = ContextTable(1, self.pool.window), min(8, self.pool.window)
+        placement = table.append(("", "warm-up"), 0, rows)
+        hidden = self._loaded.config.hidden
+        self.pool.stage(placement, torch.zeros(rows, hidden, dtype=self._model.dtype, device=self._model.device))
+        self.pool.flush()
+        for _ in range(2):
+            self.draft([Block(0, rows, rows, self._loaded.config.block_size, stale=False)], [0])

@@ -1,0 +1,281 @@
+"""The drafter's engine: link threads queue, one thread drafts for all linked verifiers together.
+
+A pass takes everything that is queued: all appends become context KV in one GEMM, all asks that are ready become one
+forward, and each verifier gets its answers in one frame. What cannot be drafted is answered empty, never late.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from cluster.errors import LinkError, PacelineError
+from cluster.link.face import Peer
+from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Welcome
+from drafter_service.attention import Block
+from drafter_service.blocks import BlockDrafter
+from drafter_service.config import DrafterSettings
+from drafter_service.context import MAX_POSITION, Context, ContextTable, Key
+from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost
+from drafter_service.loading import load_drafter
+
+log = logging.getLogger(__name__)
+
+ANSWERS_PER_FRAME = 1024
+INLINE_BYTES = 16 << 20  # without a thread, features are applied when so many wait, asked for or not
+STOP_S = 10.0
+
+
+class DrafterEngine:
+    """A cluster.link.face.DrafterHandler. Raises ConfigError if the checkpoints cannot be served.
+
+    threaded=False: no thread of its own; asks are drafted and answered inside `draft`, on the caller's thread.
+    on_failure: called once, on the engine's thread, with the error that ended it; nothing is drafted afterwards.
+    """
+
+    def __init__(
+        self,
+        settings: DrafterSettings,
+        *,
+        threaded: bool = True,
+        drafter_id: str = "",
+        on_failure: Callable[[Exception], None] | None = None,
+    ):
+        self._loaded = load_drafter(settings)
+        self._max_contexts = settings.max_contexts
+        self._drafter = BlockDrafter(self._loaded, settings.max_contexts)
+        self._table = ContextTable(settings.max_contexts, self._loaded.window)
+        self._inbox = Inbox(settings.max_queue)
+        self._on_failure = on_failure
+        self._peers: dict[str, Peer] = {}
+        self._seconds: deque[float] = deque(maxlen=64)
+        self._busy, self._measured = 0.0, time.monotonic()
+        self.drafter_id = drafter_id or f"drafter-{uuid.uuid4().hex[:12]}"
+        self._moved: dict[Key, Context] = {}  # whose watermark the current pass moves
+        self._counters: Counter[str] = Counter(asks=0, empty=0, evicted=0, invalid=0)
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._run, name="drafter-engine", daemon=True)
+            self._thread.start()
+
+    # The link's calls: one verifier's come one after another, different verifiers' from different threads.
+
+    def hello(self, hello: Hello) -> Welcome:
+        loaded = self._loaded
+        for field, value, own, cure in (
+            ("protocol", hello.protocol, PROTOCOL, "upgrade the older end"),
+            ("target_fingerprint", hello.target_fingerprint, loaded.target_fingerprint, "give both the same target"),
+            ("feature_version", hello.feature_version, loaded.feature_version, "give both the same drafter checkpoint"),
+            ("hidden", hello.hidden, loaded.config.hidden, "give both the same drafter checkpoint"),
+            ("vocabulary", hello.vocabulary, loaded.vocabulary, "give both the same target"),
+        ):
+            if value != own:
+                raise LinkError(f"{field} is {value!r}, this drafter's is {own!r}: {cure}")
+        return Welcome(
+            self.drafter_id, loaded.drafter_version, loaded.config.block_size, self._max_contexts, loaded.window
+        )
+
+    def linked(self, peer: Peer) -> None:
+        self._inbox.linked(peer)
+
+    def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
+        if self._thread is None and self._inbox.bytes > INLINE_BYTES:
+            self.run_once()
+        self._inbox.append(peer, context_id, start, features)
+
+    def draft(self, peer: Peer, draft: Draft) -> None:
+        refused = self._inbox.draft(peer, draft.asks)
+        if refused:
+            peer.answer([_empty(ask) for ask in refused])
+        if self._thread is None:
+            self.run_once()
+
+    def close_contexts(self, peer: Peer, context_ids: Sequence[str]) -> None:
+        self._inbox.close_contexts(peer, context_ids)
+
+    def lost(self, peer: Peer) -> None:
+        self._inbox.lost(peer)
+        if self._thread is None:
+            self.run_once()
+
+    # The owner's calls.
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """asks: answered; empty: with no drafts; refused: at once, the queue being full; outdated: repeated or behind a
+        newer ask, not answered; evicted: contexts; invalid: appends that cannot be."""
+        return {**self._counters, **self._inbox.counters}
+
+    def load(self) -> Heartbeat:
+        """Since the last call: share of time spent in passes; median seconds of the last passes that drafted."""
+        now = time.monotonic()
+        elapsed, busy = now - self._measured, self._busy
+        self._measured, self._busy = now, 0.0
+        seconds = self._seconds.copy()
+        median = statistics.median(seconds) if seconds else 0.0
+        return Heartbeat(self._inbox.asks, min(1.0, busy / elapsed) if elapsed > 0 else 0.0, median)
+
+    def stop(self) -> None:
+        """End the thread. Queued asks stay unanswered: their links are closed by now, or about to be."""
+        self._inbox.shut()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+
+    @torch.inference_mode()
+    def run_once(self) -> bool:
+        """One pass over what is queued; False if that was nothing. By one thread at a time."""
+        events = self._inbox.take()
+        if not events:
+            return False
+        began = time.monotonic()
+        answers = Answers()
+        asked = self._apply(events, answers)
+        self._drafter.pool.flush()
+        self._acknowledge()
+        if asked:
+            self._draft(asked, answers)
+            self._seconds.append(time.monotonic() - began)
+        self._send(answers)
+        self._busy += time.monotonic() - began
+        return True
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._inbox.wait():
+                self.run_once()
+        except Exception as error:
+            log.exception("the drafter's engine failed; it drafts no more")
+            self._inbox.shut()
+            if self._on_failure is not None:
+                self._on_failure(error)
+
+    def _apply(self, events: Sequence[Event], answers: Answers) -> dict[Key, Asked]:
+        """Stage the appends, free what is closed; the newest ask of each context that is still there."""
+        asked: dict[Key, Asked] = {}
+        for event in events:
+            link_id = event.peer.link_id
+            match event:
+                case Appended(context_id=context_id, start=start, features=features):
+                    self._append((link_id, context_id), start, features)
+                case Asked(peer=peer, ask=ask):
+                    earlier = asked.pop((link_id, ask.context_id), None)
+                    if earlier is not None:
+                        answers.add(peer, _empty(earlier.ask))
+                    asked[link_id, ask.context_id] = event
+                case Closed(context_ids=context_ids):
+                    for context_id in context_ids:
+                        self._free((link_id, context_id))
+                        asked.pop((link_id, context_id), None)
+                case Dropped(context_id=context_id):
+                    self._free((link_id, context_id))
+                    self._tell_evicted((link_id, context_id))
+                case Linked(peer=peer):
+                    self._peers[link_id] = peer
+                case Lost():
+                    self._peers.pop(link_id, None)
+                    for key in [*self._table.keys(), *asked]:
+                        if key[0] == link_id:
+                            self._free(key)
+                            asked.pop(key, None)
+        return asked
+
+    def _append(self, key: Key, start: int, features: torch.Tensor) -> None:
+        fits = features.ndim == 2 and features.shape[1] == self._loaded.config.hidden
+        if not fits or key[0] not in self._peers or not 0 <= start < MAX_POSITION - len(features):
+            self._counters["invalid"] += 1
+            return
+        placement = self._table.append(key, start, len(features))
+        if placement.evicted is not None:
+            self._moved.pop(placement.evicted, None)
+            self._tell_evicted(placement.evicted)
+        self._drafter.pool.stage(placement, features)
+        self._moved[key] = placement.context
+
+    def _free(self, key: Key) -> None:
+        self._table.free(key)
+        self._moved.pop(key, None)
+
+    def _acknowledge(self) -> None:
+        for (link_id, context_id), context in self._moved.items():
+            self._peers[link_id].ack(context_id, context.watermark)
+        self._moved.clear()
+
+    def _tell_evicted(self, key: Key) -> None:
+        self._counters["evicted"] += 1
+        peer = self._peers.get(key[0])
+        if peer is not None:
+            peer.evicted(key[1])
+
+    def _draft(self, asked: dict[Key, Asked], answers: Answers) -> None:
+        """Draft what is ready, in one forward; the rest is answered empty."""
+        ready: list[Asked] = []
+        blocks: list[Block] = []
+        for key, event in asked.items():
+            block = self._block(key, event.ask)
+            if block is None:
+                answers.add(event.peer, _empty(event.ask))
+            else:
+                ready.append(event)
+                blocks.append(block)
+        if not ready:
+            return
+        drafts = self._drafter.draft(blocks, [event.ask.bonus_token for event in ready])
+        for event, (token_ids, confidence) in zip(ready, drafts):
+            answers.add(event.peer, _answer(event.ask, token_ids, confidence))
+
+    def _block(self, key: Key, ask: DraftAsk) -> Block | None:
+        """Where an ask is to be drafted; None if it cannot be: features missing, or values out of their range."""
+        context = self._table.get(key)
+        if context is None or not 1 <= ask.rows < self._loaded.config.block_size:
+            return None
+        held = self._table.held(context)
+        if not 0 <= ask.bonus_token < self._loaded.vocabulary or not 0 <= context.watermark - ask.base < held:
+            return None
+        stale = ask.base < context.watermark
+        return Block(self._drafter.pool.first_row(context), held, ask.base, ask.rows + 1, stale)
+
+    def _send(self, answers: Answers) -> None:
+        self._counters["asks"] += answers.count
+        self._counters["empty"] += answers.empty
+        for peer, of_peer in answers.by_peer():
+            for first in range(0, len(of_peer), ANSWERS_PER_FRAME):
+                try:
+                    peer.answer(of_peer[first : first + ANSWERS_PER_FRAME])
+                except PacelineError as error:  # context ids so long that no frame holds them
+                    log.warning("answers for %s could not be sent: %s", peer.link_id, error)
+
+
+class Answers:
+    """Answers of one pass, by link."""
+
+    def __init__(self) -> None:
+        self.count = self.empty = 0
+        self._of: dict[str, tuple[Peer, list[DraftAnswer]]] = {}
+
+    def add(self, peer: Peer, answer: DraftAnswer) -> None:
+        self.count += 1
+        self.empty += not answer.token_ids
+        self._of.setdefault(peer.link_id, (peer, []))[1].append(answer)
+
+    def by_peer(self) -> Collection[tuple[Peer, list[DraftAnswer]]]:
+        return self._of.values()
+
+
+def _empty(ask: DraftAsk) -> DraftAnswer:
+    return DraftAnswer(ask.context_id, ask.base, (), ())
+
+
+def _answer(ask: DraftAsk, token_ids: Sequence[int], confidence: Sequence[float]) -> DraftAnswer:
+    if not math.isfinite(sum(confidence)):  # overflow in half precision: such tokens are worth nothing
+        return _empty(ask)
+    return DraftAnswer(ask.context_id, ask.base, tuple(token_ids), tuple(confidence))
