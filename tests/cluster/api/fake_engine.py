@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from cluster.contracts import (
     Abort,
@@ -41,7 +42,7 @@ class FakeEngine:
         self.steps: Sequence[int] = (1, 3, 2)
         self.drafted = 4
         self.pause_after: int | None = None
-        self.refusal: dict[str, str] | None = None
+        self.refusal: dict[str, Any] | None = None
         self.finish: str | None = None
         self.answers_probes = True
         self.received: list[Message] = []

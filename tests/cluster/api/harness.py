@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import httpx
 import openai
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api.app import create_app
 from cluster.api.router import RouterCore
@@ -79,6 +80,15 @@ class Served:
 
     def kill(self, engine: FakeEngine) -> None:
         self.loop.run(engine.kill())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of /metrics; 0 where there is none."""
+        wanted = {"model_name": MODEL, **labels}
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == f"paceline_{name}" and sample.labels == wanted:
+                    return sample.value
+        return 0.0
 
     def post(self, path: str, body: Any = None, **keywords: Any) -> httpx.Response:
         if body is not None:

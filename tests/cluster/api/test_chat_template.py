@@ -11,9 +11,9 @@ from cluster.errors import ConfigError, RequestError
 
 MESSAGES = [{"role": "user", "content": "<b> & 'é'"}, {"role": "assistant", "content": "two\nlines"}]
 TEMPLATES = {
-    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m.content }}\n    {% endif %}\n{% endfor %}",
+    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=True) }}",
-    "loops": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "variables": "{{ bos_token }}{{ thinking }}{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
     "date": "{{ strftime_now('%Y') }}",
