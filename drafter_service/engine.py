@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,13 @@ log = logging.getLogger(__name__)
 ANSWERS_PER_FRAME = 1024
 INLINE_BYTES = 16 << 20  # without a thread, features are applied when so many wait, asked for or not
 STOP_S = 10.0
+CURES = {
+    "protocol": "upgrade the older end",
+    "target_fingerprint": "give both services the same target checkpoint",
+    "feature_version": "give both services the same drafter checkpoint",
+    "hidden": "give both services the same drafter checkpoint",
+    "vocabulary": "give both services the same target checkpoint",
+}
 
 
 class DrafterEngine:
@@ -69,16 +77,11 @@ class DrafterEngine:
     # The link's calls: one verifier's come one after another, different verifiers' from different threads.
 
     def hello(self, hello: Hello) -> Welcome:
-        loaded = self._loaded
-        for field, value, own, cure in (
-            ("protocol", hello.protocol, PROTOCOL, "upgrade the older end"),
-            ("target_fingerprint", hello.target_fingerprint, loaded.target_fingerprint, "give both the same target"),
-            ("feature_version", hello.feature_version, loaded.feature_version, "give both the same drafter checkpoint"),
-            ("hidden", hello.hidden, loaded.config.hidden, "give both the same drafter checkpoint"),
-            ("vocabulary", hello.vocabulary, loaded.vocabulary, "give both the same target"),
-        ):
+        for field, own in {"protocol": PROTOCOL, **self.identity}.items():
+            value = getattr(hello, field)
             if value != own:
-                raise LinkError(f"{field} is {value!r}, this drafter's is {own!r}: {cure}")
+                raise LinkError(f"{field} is {value!r}, this drafter's is {own!r}: {CURES[field]}")
+        loaded = self._loaded
         return Welcome(
             self.drafter_id, loaded.drafter_version, loaded.config.block_size, self._max_contexts, loaded.window
         )
@@ -107,6 +110,17 @@ class DrafterEngine:
             self.run_once()
 
     # The owner's calls.
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields of a Hello that this drafter insists on: what a link in the same process says of itself."""
+        loaded = self._loaded
+        return {
+            "target_fingerprint": loaded.target_fingerprint,
+            "feature_version": loaded.feature_version,
+            "hidden": loaded.config.hidden,
+            "vocabulary": loaded.vocabulary,
+        }
 
     @property
     def counters(self) -> dict[str, int]:

@@ -1,0 +1,152 @@
+"""The draft model, as trained and as served, against a slow reading of the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafter_service.attention import AttendEach, AttendPadded, Block
+from drafter_service.context import ContextTable
+from drafter_service.fused import FusedDFlash
+from drafter_service.model import PADDING, DFlashModel, block_masks
+from drafter_service.pool import ContextPool
+from modeling.dflash import DraftCheckpointError, read_weights
+from tests.drafter_service import paper
+from tests.drafter_service.pairs import BLOCK, FULL, HIDDEN, SLIDING, write_checkpoint, write_drafter
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "sliding": {"layer_types": [SLIDING, SLIDING], "sliding_window": 5},
+    "mixed": {"layer_types": [SLIDING, FULL], "sliding_window": 7},
+    "full, causal": {"is_causal": True},
+    "sliding, not causal": {"layer_types": [SLIDING, SLIDING], "sliding_window": 4, "is_causal": False},
+    "all heads alike, with biases": {"num_key_value_heads": 4, "attention_bias": True},
+}
+
+
+@pytest.fixture(params=KINDS)
+def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_drafter(tmp_path / "drafter", **KINDS[request.param])
+
+
+def expected(drafter: Path, features: torch.Tensor, first: int, embeddings: torch.Tensor, base: int) -> torch.Tensor:
+    model = DFlashModel.load(drafter, torch.float32)
+    return paper.block_hidden(
+        model.dflash.raw, read_weights(drafter), features[: base - first], first, embeddings, base
+    ).float()
+
+
+def served(drafter: Path, attend: Any, blocks: list[tuple[int, torch.Tensor, torch.Tensor, int]], window: int = 32):
+    """Hidden states per block of (first position, features, embeddings, base), all in one batch."""
+    model = FusedDFlash(DFlashModel.load(drafter, torch.float32))
+    table, pool = ContextTable(len(blocks), window), ContextPool(model, len(blocks), window)
+    where = []
+    with torch.inference_mode():
+        for i, (first, features, embeddings, base) in enumerate(blocks):
+            placement = table.append(("link", str(i)), first, len(features))
+            pool.stage(placement, features)
+            context, stale = placement.context, first + len(features) > base
+            where.append(Block(pool.first_row(context), table.held(context), base, len(embeddings), stale))
+        pool.flush()
+        positions = torch.cat([torch.arange(base, base + len(rows)) for _, _, rows, base in blocks])
+        embedded = torch.cat([embeddings for _, _, embeddings, _ in blocks])
+        hidden = model.forward(embedded, positions, attend(model, pool, where, positions))
+        return model.final_norm(hidden).split([len(rows) for _, _, rows, _ in blocks])
+
+
+def test_the_trained_form_equals_the_paper(drafter: Path) -> None:
+    torch.manual_seed(1)
+    features, embeddings = torch.randn(11, HIDDEN), torch.randn(BLOCK, HIDDEN)
+    model = DFlashModel.load(drafter, torch.float32)
+    positions, bases = torch.arange(11, 11 + BLOCK)[None], torch.full((1, BLOCK), 11)
+    context_positions = torch.arange(11)[None]
+    hidden = model(
+        embeddings[None],
+        positions,
+        model.context_kv(features[None], context_positions),
+        block_masks(model.dflash, positions, bases, context_positions),
+    )
+    torch.testing.assert_close(hidden[0], expected(drafter, features, 0, embeddings, 11), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", [AttendEach, AttendPadded])
+def test_the_served_form_equals_the_paper_block_by_block(drafter: Path, attend: Any) -> None:
+    torch.manual_seed(2)
+    blocks = [
+        (0, torch.randn(9, HIDDEN), torch.randn(BLOCK, HIDDEN), 9),
+        (4, torch.randn(13, HIDDEN), torch.randn(3, HIDDEN), 17),
+        (0, torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), 2),
+    ]
+    for hidden, (first, features, embeddings, base) in zip(served(drafter, attend, blocks), blocks):
+        torch.testing.assert_close(hidden, expected(drafter, features, first, embeddings, base), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", [AttendEach, AttendPadded])
+def test_a_block_behind_its_context_does_not_see_what_came_after_its_base(drafter: Path, attend: Any) -> None:
+    torch.manual_seed(3)
+    features, embeddings = torch.randn(14, HIDDEN), torch.randn(BLOCK, HIDDEN)
+    (hidden,) = served(drafter, attend, [(0, features, embeddings, 10)])
+    torch.testing.assert_close(hidden, expected(drafter, features, 0, embeddings, 10), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", [AttendEach, AttendPadded])
+def test_a_context_longer_than_the_window_is_its_last_rows(drafter: Path, attend: Any) -> None:
+    torch.manual_seed(4)
+    features, embeddings = torch.randn(21, HIDDEN), torch.randn(BLOCK, HIDDEN)
+    (hidden,) = served(drafter, attend, [(0, features, embeddings, 21)], window=8)
+    torch.testing.assert_close(hidden, expected(drafter, features[13:], 13, embeddings, 21), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    drafter = write_drafter(tmp_path, scale=0.1)
+    model = FusedDFlash(DFlashModel.load(drafter, dtype))
+    table, pool = ContextTable(1, 32), ContextPool(model, 1, 32)
+    features, embeddings = torch.randn(9, HIDDEN), torch.randn(BLOCK, HIDDEN)
+    with torch.inference_mode():
+        pool.stage(table.append(("link", "a"), 0, 9), features)
+        pool.flush()
+        places = torch.arange(9, 9 + BLOCK)
+        attend = AttendEach(model, pool, [Block(0, 9, 9, BLOCK, False)], places)
+        hidden = model.final_norm(model.forward(embeddings.to(dtype), places, attend))
+    right = expected(drafter, features, 0, embeddings, 9)
+    assert hidden.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(hidden.float(), right).min() > 0.999
+
+
+def test_a_padded_context_row_is_seen_by_no_block(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    model = DFlashModel.load(write_drafter(tmp_path), torch.float32)
+    features, embeddings = torch.randn(1, 6, HIDDEN), torch.randn(1, BLOCK, HIDDEN)
+    positions, bases = torch.arange(4, 4 + BLOCK)[None], torch.full((1, BLOCK), 4)
+
+    def hidden(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        masks = block_masks(model.dflash, positions, bases, places)
+        return model(embeddings, positions, model.context_kv(rows, places), masks)
+
+    padded = torch.tensor([[0, 1, 2, 3, PADDING, PADDING]])
+    torch.testing.assert_close(hidden(features, padded), hidden(features[:, :4], padded[:, :4]))
+
+
+def test_a_checkpoint_with_tensors_of_another_kind_of_drafter_is_refused(tmp_path: Path) -> None:
+    drafter = write_drafter(tmp_path)
+    weights = read_weights(drafter) | {"layers.0.attention_conv.base_kernel": torch.zeros(2, 2, HIDDEN)}
+    write_checkpoint(drafter, DFlashModel.load(drafter, torch.float32).dflash.raw, weights)
+    with pytest.raises(DraftCheckpointError, match=r"attention_conv.base_kernel.*not supported"):
+        DFlashModel.load(drafter, torch.float32)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_path: Path) -> None:
+    drafter = write_drafter(tmp_path)
+    config = DFlashModel.load(drafter, torch.float32).dflash.raw
+    weights = read_weights(drafter)
+    write_checkpoint(drafter, config, {name: tensor for name, tensor in weights.items() if name != "norm.weight"})
+    with pytest.raises(DraftCheckpointError, match=r"lacks the tensor 'norm.weight'"):
+        DFlashModel.load(drafter, torch.float32)
+    write_checkpoint(drafter, config, weights | {"norm.weight": torch.ones(HIDDEN + 1)})
+    with pytest.raises(DraftCheckpointError, match=rf"norm.weight is \({HIDDEN + 1},\).*asks for \({HIDDEN},\)"):
+        DFlashModel.load(drafter, torch.float32)
