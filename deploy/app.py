@@ -1,6 +1,7 @@
-"""The Serve application: `import_path: deploy.app:build` in a deploy file."""
+"""The Serve application: `import_path: deploy.app:build` in a deploy file.
 
-from __future__ import annotations
+Without `from __future__ import annotations`: Serve looks at the builder's annotation for the model of its arguments.
+"""
 
 import secrets
 from typing import Any
@@ -22,36 +23,45 @@ SPARE_REQUESTS = 256
 def build(args: Application) -> serve.Application:
     """Directory, verifiers, drafters and, as ingress, routers. Raises ConfigError before anything is started."""
     application = _with_link_token(checked(args))
-    directory = Directory.options(ray_actor_options={"num_cpus": 0}).bind()
+    directory = _deployment(Directory).options(ray_actor_options={"num_cpus": 0}).bind()
     services = {"verifier": _verifiers(application.verifier, directory)}
     if application.drafts_remotely and application.drafter is not None:
         services["drafter"] = _drafters(application.drafter, directory)
     router = application.router
-    return Router.options(
-        num_replicas=router.replicas,
-        ray_actor_options={"num_cpus": router.front_cpus},
-        max_ongoing_requests=router.max_in_flight + SPARE_REQUESTS,
-    ).bind(application.model_name, application.verifier.target, router.settings, directory, services)
+    return (
+        _deployment(Router)
+        .options(
+            num_replicas=router.replicas,
+            ray_actor_options={"num_cpus": router.front_cpus},
+            max_ongoing_requests=router.max_in_flight + SPARE_REQUESTS,
+        )
+        .bind(application.model_name, application.verifier.target, router.settings, directory, services)
+    )
 
 
 def _verifiers(part: VerifierPart, directory: Any) -> Any:
     bundles = part.bundles
-    return Verifier.options(
+    verifier = _deployment(Verifier).options(
         num_replicas=part.replicas,
         ray_actor_options={"num_cpus": part.front_cpus},
         placement_group_bundles=bundles,
         placement_group_strategy=part.placement,
-    ).bind(part.settings, bundles[1], make_link, directory, part.start_timeout_s, part.max_step_s)
+    )
+    return verifier.bind(part.settings, bundles[1], make_link, directory, part.start_timeout_s, part.max_step_s)
 
 
 def _drafters(part: DrafterPart, directory: Any) -> Any:
     bundles = part.bundles
-    return Drafter.options(
-        num_replicas=part.replicas,
-        ray_actor_options={"num_cpus": part.front_cpus},
-        placement_group_bundles=bundles,
-        placement_group_strategy="STRICT_PACK",
-    ).bind(part.settings, bundles[1], directory, part.start_timeout_s)
+    return (
+        _deployment(Drafter)
+        .options(
+            num_replicas=part.replicas,
+            ray_actor_options={"num_cpus": part.front_cpus},
+            placement_group_bundles=bundles,
+            placement_group_strategy="STRICT_PACK",
+        )
+        .bind(part.settings, bundles[1], directory, part.start_timeout_s)
+    )
 
 
 def _with_link_token(application: Application) -> Application:
@@ -63,3 +73,9 @@ def _with_link_token(application: Application) -> Application:
     if application.drafter is not None:
         changes["drafter"] = application.drafter.model_copy(update={"token": token})
     return application.model_copy(update=changes)
+
+
+def _deployment(decorated: object) -> serve.Deployment:
+    """What `@serve.deployment` makes of a class, which type checkers still take for the class."""
+    assert isinstance(decorated, serve.Deployment)
+    return decorated

@@ -136,9 +136,18 @@ def _health(url: str) -> tuple[bool, str]:
 
 
 def why(state: AppState) -> str:
-    """What Serve knows of a failure, deployment by deployment."""
+    """What Serve knows of a failure, deployment by deployment; of a traceback, what it ends with."""
     parts = [state.message, *(f"{d.name} is {d.status}: {d.message}" for d in state.deployments if d.message)]
-    return "\n".join(part.strip() for part in parts if part.strip()) or f"the application is {state.status}"
+    known = [_gist(part) for part in parts if part.strip()]
+    return "\n".join(known) or f"the application is {state.status}"
+
+
+def _gist(message: str) -> str:
+    head, separator, trace = message.partition("Traceback (most recent call last)")
+    if not separator:
+        return message.strip()
+    last = [line for line in trace.splitlines() if line and not line.startswith((" ", "\t", "System error"))]
+    return f"{head.strip()} {last[-1] if last else ''} (the whole trace: --logs)"
 
 
 def _report_changes(state: Callable[[], AppState]) -> None:
