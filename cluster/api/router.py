@@ -171,9 +171,9 @@ class RouterCore:
         wanted = request.wanted_tokens
         if wanted is not None and wanted > room:
             raise RequestError(
-                f"max_tokens is {wanted}, but the model's context is {context} tokens and {prompts.field} takes "
-                f"{len(prompt)} of them: ask for at most {room}",
-                "max_tokens",
+                f"{request.limit_field} is {wanted}, but the model's context is {context} tokens and {prompts.field} "
+                f"takes {len(prompt)} of them: ask for at most {room}",
+                request.limit_field,
             )
         limit = min(wanted or self.settings.default_max_tokens or prompts.fallback_tokens or room, room)
         if request.min_tokens > limit:

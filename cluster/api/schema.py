@@ -80,6 +80,11 @@ class SamplingFields(Strict):
         return self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The client's name of that limit."""
+        return "max_tokens"
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """None, or how many alternatives to each token are to be reported."""
         raise NotImplementedError
@@ -158,6 +163,10 @@ class ChatRequest(SamplingFields):
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
 
     @property
     def wanted_logprobs(self) -> int | None:

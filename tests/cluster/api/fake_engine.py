@@ -121,8 +121,10 @@ class FakeEngine:
         at = len(request.generated_ids)
         for size in itertools.cycle(self.steps):
             ids = tuple(self.answer[at : min(at + size, limit)])
+            stops = [i for i, token in enumerate(ids) if token in request.stop_token_ids]
+            ids = ids[: stops[0] + 1] if stops else ids
             at += len(ids)
-            ended = bool(ids) and ids[-1] in request.stop_token_ids
+            ended = bool(stops)
             finish = "stop" if ended else "length" if at >= request.max_new_tokens else None
             drafted = self.drafted if len(ids) > 1 else 0
             yield Delta(*who, ids, len(ids) - 1 if drafted else 0, drafted, self._logprobs(request, ids), finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -118,6 +119,7 @@ CHATS: dict[str, tuple[dict[str, Any], str, str]] = {
     "tools": ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+    "a limit beyond the context": ({"max_completion_tokens": 999}, "max_completion_tokens", "ask for at most"),
     "two limits that differ": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
     "chat beyond the context": (
         {"messages": [{**USER, "content": "x y " * 200}]},
@@ -225,6 +227,14 @@ def test_a_long_body_is_refused_by_its_announced_length(serve, engine):
 def test_a_long_body_is_refused_while_it_arrives(serve, engine):
     small = serve(engine, max_body_bytes=2000)
     refused(small.post("/v1/completions", content=iter([b" " * 1500] * 2)), 413)
+
+
+def test_a_body_that_does_not_arrive_is_given_up(serve, engine):
+    impatient = serve(engine, body_timeout_s=0.05)
+    host, port = impatient.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_a_request_id_comes_back_and_a_bad_one_is_replaced(served):

@@ -111,6 +111,29 @@ def test_sampling_fields_reach_the_engine(served, engine):
     assert request.stop_token_ids == {2}
 
 
+def test_ends_of_generation_are_the_clients_to_choose(served, engine, answer_ids):
+    extra = {"ignore_eos": True, "stop_token_ids": [answer_ids[4]]}
+    answer = served.client().completions.create(model=MODEL, prompt="a", max_tokens=50, extra_body=extra)
+    assert engine.submitted[0].stop_token_ids == {answer_ids[4]}
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_usage_may_be_told_all_along(served):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = served.client().completions.create(model=MODEL, prompt="a", stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in stream]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1]
+
+
+def test_template_variables_reach_the_template(served, engine):
+    extra = {"chat_template_kwargs": {"add_generation_prompt": False}}
+    for body in ({}, extra):
+        served.client().chat.completions.create(model=MODEL, messages=MESSAGES, extra_body=body)
+    with_prompt, without = (len(request.prompt_ids) for request in engine.submitted)
+    assert without < with_prompt
+
+
 def test_each_request_without_a_seed_gets_its_own(served, engine):
     for _ in range(2):
         served.client().completions.create(model=MODEL, prompt="a")
