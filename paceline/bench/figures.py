@@ -15,8 +15,8 @@ from paceline.bench.runs import Run
 class Row:
     """One decoder at one concurrency. tokens_per_s: median; slowest, fastest: over the repeats.
 
-    ratio: to plain decoding of the same repeat, median. draft_share: of the step's time, 0..1. link_bytes: per token of
-    context (prompt + generated). text: agreement in words. None = not applicable.
+    ratio: to plain decoding of the same repeat, median. draft_share: of the step's time, 0..1. link_bytes: sent per
+    token of context. text: agreement in words. None = not applicable.
     """
 
     name: str
@@ -41,7 +41,6 @@ class Skipped:
 def row(
     name: str,
     concurrency: int,
-    prompts: Sequence[tuple[int, ...]],
     runs: Sequence[Run],
     plain: Sequence[Run] | None,
     agreement: Agreement | None,
@@ -62,7 +61,7 @@ def row(
         ratio=ratio,
         tau=tau([(o.token_ids, o.commits) for run in runs for o in run.outputs]) if drafted else None,
         draft_share=_draft_share(runs),
-        link_bytes=_link_bytes(prompts, runs),
+        link_bytes=_link_bytes(runs),
         text="" if agreement is None else str(agreement),
         note=note,
     )
@@ -77,7 +76,6 @@ def _draft_share(runs: Sequence[Run]) -> float | None:
     return median(shares) if shares else None
 
 
-def _link_bytes(prompts: Sequence[tuple[int, ...]], runs: Sequence[Run]) -> float | None:
-    prompt_tokens = sum(len(prompt) for prompt in prompts)
-    shares = [run.link_bytes / (prompt_tokens + run.tokens) for run in runs if run.link_bytes is not None]
+def _link_bytes(runs: Sequence[Run]) -> float | None:
+    shares = [run.link_bytes / run.context_tokens for run in runs if run.link_bytes and run.context_tokens]
     return median(shares) if shares else None

@@ -53,9 +53,6 @@ class PublishedLoop:
         outputs = tuple(self._one(prompt, max_tokens) for prompt in prompts)
         return Run(perf_counter() - started, outputs)
 
-    def close(self) -> None:
-        self._drafter = None
-
     def _one(self, prompt: tuple[int, ...], max_tokens: int) -> Output:
         """The loop's own statistics need CUDA: where each target step starts is read from its position ids."""
         starts: list[int] = []

@@ -52,9 +52,6 @@ class Reference:
         logits = self.model(ids, use_cache=False, logits_to_keep=rows).logits[0].float()  # [len(text), vocabulary]
         return (logits.amax(-1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]).tolist()
 
-    def close(self) -> None:
-        self.model = None
-
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[Output]:
         width = max(len(prompt) for prompt in prompts)

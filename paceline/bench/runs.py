@@ -19,8 +19,8 @@ class Output:
 class Run:
     """All prompts once at one concurrency. seconds: wall clock. outputs: in the prompts' order.
 
-    draft_seconds of step_seconds were spent waiting for drafts; link_bytes were sent by the verifier. None = not
-    applicable to this decoder.
+    draft_seconds of step_seconds were spent waiting for drafts; link_bytes were sent for the features of context_tokens
+    tokens, control frames included. None = not applicable to this decoder.
     """
 
     seconds: float
@@ -28,6 +28,7 @@ class Run:
     draft_seconds: float | None = None
     step_seconds: float | None = None
     link_bytes: float | None = None
+    context_tokens: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -39,11 +40,9 @@ class Run:
 
 
 class Decoder(Protocol):
-    """One row of the table. Idle between runs; `close` frees everything and may be called twice."""
+    """One row of the table. Idle between runs."""
 
     name: str
     note: str
 
     def run(self, prompts: Sequence[tuple[int, ...]], concurrency: int, max_tokens: int) -> Run: ...
-
-    def close(self) -> None: ...
