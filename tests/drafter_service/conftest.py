@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.drafter_service.pairs import write_drafter, write_target
+from drafter_service.engine import DrafterEngine
+from tests.drafter_service.pairs import settings_for, write_drafter, write_target
+from tests.drafter_service.peers import RecordingPeer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,3 +26,17 @@ def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def drafter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_drafter(tmp_path_factory.mktemp("pair") / "drafter")
+
+
+@pytest.fixture(scope="module")
+def engine(target_dir: Path, drafter_dir: Path) -> DrafterEngine:
+    """Without a thread: whatever is asked is answered on return. Each test has its own link."""
+    return DrafterEngine(settings_for(target_dir, drafter_dir, max_contexts=3, max_queue=8), threaded=False)
+
+
+@pytest.fixture
+def peer(engine: DrafterEngine, request: pytest.FixtureRequest) -> Iterator[RecordingPeer]:
+    peer = RecordingPeer(request.node.name)
+    engine.linked(peer)
+    yield peer
+    engine.lost(peer)

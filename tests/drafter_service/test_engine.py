@@ -1,0 +1,155 @@
+"""The engine's drafts: appends, windows, batches, evictions and losses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.link.messages import Draft, DraftAsk
+from drafter_service.engine import DrafterEngine
+from tests.drafter_service.pairs import BLOCK, VOCABULARY, settings_for
+from tests.drafter_service.peers import CONTEXT, RecordingPeer, ask_for, assert_same, drafted_once, features
+
+
+def test_an_ask_is_answered_with_as_many_tokens_as_rows(engine, peer):
+    engine.append(peer, "a", 0, features(CONTEXT))
+    for base, rows in enumerate(range(1, BLOCK), start=CONTEXT - BLOCK):
+        answer = ask_for(engine, peer, "a", base, rows=rows)
+        assert len(answer.token_ids) == len(answer.confidence) == rows
+        assert all(0 <= token < VOCABULARY for token in answer.token_ids)
+        assert all(1 / VOCABULARY <= confidence <= 1 for confidence in answer.confidence)
+
+
+def test_drafts_depend_on_the_context_and_on_the_bonus_token(engine, peer):
+    first, second = (drafted_once(engine, peer, features(CONTEXT, seed)) for seed in (0, 1))
+    assert first.confidence != pytest.approx(second.confidence, rel=1e-3)
+    engine.append(peer, "a", 0, features(CONTEXT))
+    other_bonus = ask_for(engine, peer, "a", CONTEXT, bonus=8)
+    assert first.confidence != pytest.approx(other_bonus.confidence, rel=1e-3)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, CONTEXT - 1), max_size=5), st.lists(st.integers(0, 6), min_size=6, max_size=6))
+def test_appends_in_any_split_and_with_any_overlap_equal_one_append(engine, peer, cuts, overlaps):
+    rows = features(CONTEXT)
+    ends = sorted({*cuts, CONTEXT})
+    for begin, end, overlap in zip([0, *ends], ends, overlaps):
+        start = max(0, begin - overlap)
+        engine.append(peer, "split", start, rows[start:end])
+        if overlap % 2:
+            engine.run_once()
+    assert_same(ask_for(engine, peer, "split", CONTEXT), drafted_once(engine, peer, rows))
+    engine.close_contexts(peer, ["split"])
+
+
+def test_appending_again_changes_nothing(engine, peer):
+    engine.append(peer, "a", 0, features(CONTEXT))
+    engine.run_once()
+    engine.append(peer, "a", 3, features(CONTEXT - 3, seed=9))  # positions that are known already
+    assert_same(ask_for(engine, peer, "a", CONTEXT), drafted_once(engine, peer, features(CONTEXT)))
+
+
+def test_after_a_gap_the_context_is_what_came_behind_it(engine, peer):
+    rows = features(CONTEXT + 10)
+    engine.append(peer, "a", 0, rows[:10])
+    engine.append(peer, "a", 20, rows[20:])
+    assert_same(ask_for(engine, peer, "a", CONTEXT + 10), drafted_once(engine, peer, rows[20:], start=20))
+
+
+def test_a_context_beyond_the_window_drafts_from_its_window(target_dir, drafter_dir):
+    rows = features(60)
+    engine = DrafterEngine(settings_for(target_dir, drafter_dir, window=16), threaded=False)
+    peer = RecordingPeer()
+    engine.linked(peer)
+    for start in range(0, 60, 5):
+        engine.append(peer, "a", start, rows[start : start + 5])
+        engine.run_once()
+    assert_same(ask_for(engine, peer, "a", 60), drafted_once(engine, peer, rows[44:], start=44))
+
+
+def test_every_pass_acknowledges_the_watermark_of_each_context_once(engine, peer):
+    engine.append(peer, "a", 0, features(4))
+    engine.append(peer, "a", 4, features(3))
+    engine.append(peer, "b", 0, features(5))
+    engine.run_once()
+    assert peer.acks == [("a", 7), ("b", 5)]
+
+
+def test_contexts_drafted_together_get_what_each_would_get_alone(engine, peer):
+    sizes, rows = {"a": 5, "b": CONTEXT, "c": 11}, (BLOCK - 1, 2, 4)
+    for seed, (name, size) in enumerate(sizes.items()):
+        engine.append(peer, name, 0, features(size, seed))
+    asks = [DraftAsk(name, size, 7, k) for (name, size), k in zip(sizes.items(), rows)]
+    engine.draft(peer, Draft(tuple(asks)))
+    (together,) = peer.frames
+    for seed, (answer, ask) in enumerate(zip(together, asks)):
+        engine.close_contexts(peer, [*sizes])
+        engine.append(peer, "alone", 0, features(ask.base, seed))
+        alone = ask_for(engine, peer, "alone", ask.base, rows=ask.rows)
+        engine.close_contexts(peer, ["alone"])
+        assert answer.context_id == ask.context_id
+        assert_same(answer, alone)
+
+
+def test_fewer_rows_are_a_forward_of_so_many_rows(engine, peer):
+    """In a bidirectional block the masks behind a row take part in it: fewer rows are another forward, not a cut."""
+    engine.append(peer, "a", 0, features(CONTEXT))
+    few = ask_for(engine, peer, "a", CONTEXT, rows=2)
+    engine.close_contexts(peer, ["a"])
+    engine.append(peer, "a", 0, features(CONTEXT))
+    many = ask_for(engine, peer, "a", CONTEXT, rows=BLOCK - 1)
+    assert few.confidence != pytest.approx(many.confidence[:2], rel=1e-3)
+
+
+def test_the_least_recently_used_context_is_evicted_with_notice(engine, peer):
+    for name in "abc":
+        engine.append(peer, name, 0, features(CONTEXT))
+    ask_for(engine, peer, "a", CONTEXT - 1)
+    engine.append(peer, "d", 0, features(CONTEXT))
+    engine.run_once()
+    assert peer.gone == ["b"]
+    assert ask_for(engine, peer, "b", CONTEXT).token_ids == ()
+    for name in "acd":
+        assert ask_for(engine, peer, name, CONTEXT).token_ids
+
+
+def test_an_evicted_context_can_be_appended_again(engine, peer):
+    for name in "abcd":
+        engine.append(peer, name, 0, features(CONTEXT))
+    engine.run_once()
+    engine.append(peer, "a", 0, features(CONTEXT))
+    assert ask_for(engine, peer, "a", CONTEXT).token_ids
+    assert peer.gone == ["a", "b"]
+
+
+def test_a_lost_verifier_frees_its_contexts_and_nobody_elses(engine, peer):
+    other = RecordingPeer("other")
+    engine.linked(other)
+    for name in "ab":
+        engine.append(other, name, 0, features(CONTEXT))
+    engine.append(peer, "mine", 0, features(CONTEXT))
+    engine.lost(other)
+    for name in "cd":
+        engine.append(peer, name, 0, features(CONTEXT))
+    engine.run_once()
+    assert peer.gone == []
+    assert ask_for(engine, peer, "mine", CONTEXT).token_ids
+    assert other.frames == []
+
+
+def test_contexts_of_two_verifiers_with_the_same_name_are_apart(engine, peer):
+    other = RecordingPeer("other")
+    engine.linked(other)
+    engine.append(peer, "a", 0, features(CONTEXT, seed=1))
+    engine.append(other, "a", 0, features(CONTEXT, seed=2))
+    mine, theirs = ask_for(engine, peer, "a", CONTEXT), ask_for(engine, other, "a", CONTEXT)
+    engine.lost(other)
+    assert_same(mine, drafted_once(engine, peer, features(CONTEXT, seed=1)))
+    assert_same(theirs, drafted_once(engine, peer, features(CONTEXT, seed=2)))
+
+
+def test_an_ask_behind_the_watermark_does_not_see_what_came_after_it(engine, peer):
+    rows = features(CONTEXT)
+    engine.append(peer, "a", 0, rows)
+    assert_same(ask_for(engine, peer, "a", CONTEXT - 4), drafted_once(engine, peer, rows[: CONTEXT - 4]))
