@@ -181,9 +181,9 @@ class Engine:
         self._advance(progress, output.taps)
         self._emission.emit(progress, output.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
-        waited = self._collect()
+        drafting = self._collect()
         self._step_ended = time.monotonic()
-        self._tally.step(plan, progress, self._step_ended - began, forward, waited)
+        self._tally.step(plan, progress, self._step_ended - began, forward, drafting)
 
     def _beat(self) -> None:
         """An empty step, so that a rank that has died is noticed while nothing else happens."""
@@ -270,9 +270,15 @@ class Engine:
         self._guarded(lambda: self._proposer.advance(progress, taps))
 
     def _collect(self) -> float:
-        began = time.monotonic()
-        self._guarded(self._proposer.collect)
-        return time.monotonic() - began
+        """Seconds of the step that went into drafting."""
+        spent = 0.0
+
+        def collect() -> None:
+            nonlocal spent
+            spent = self._proposer.collect()
+
+        self._guarded(collect)
+        return spent
 
     def _forget(self, sequences: list[RunningRequest]) -> None:
         if sequences:

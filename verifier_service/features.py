@@ -30,7 +30,7 @@ class FeatureStore:
         held = self._held.get(key)
         if held is None:
             held = self._held[key] = _Held(start)
-        elif start > held.end or start + rows.shape[0] < held.first:
+        elif start > held.end:
             self.bytes -= held.restart(start)
         known = held.end - start
         if known > 0:

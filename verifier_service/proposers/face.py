@@ -34,8 +34,11 @@ class Proposer(Protocol):
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         """Take the step's outcome and start drafting. taps: [tokens of the step, taps x hidden]."""
 
-    def collect(self) -> None:
-        """Wait for drafts, no longer than is worthwhile, and set `drafts` of the requests that have some."""
+    def collect(self) -> float:
+        """Wait for drafts, no longer than is worthwhile, and set `drafts` of the requests that have some.
+
+        Returns the seconds of this step that went into drafting: asking (a colocated drafter works then) and waiting.
+        """
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """These requests are over."""

@@ -74,6 +74,7 @@ class LinkProposer:
         self._lagging: set[_Context] = set()
         self._late: set[_Context] = set()
         self._asks: list[DraftAsk] = []
+        self._asking_s = 0.0
         self._counters: Counter[str] = Counter(
             draft_asks=0, draft_answers=0, drafts_late=0, drafts_missed=0, context_tokens=0
         )
@@ -94,19 +95,20 @@ class LinkProposer:
         self._catch_up()
         self._ask([context for context, p in moved if p.token_ids], state)
 
-    def collect(self) -> None:
+    def collect(self) -> float:
         if self._late:
             self._take([context.asked for context in self._late if context.asked is not None], 0.0)
         if not self._asks:
-            return
+            return 0.0
         asks, self._asks = self._asks, []
+        began = time.monotonic()
         answered = self._take(asks, self._patience.soft_deadline_s)
+        now = time.monotonic()
         if answered == len(asks):
             self._patience.kept()
-        elif self._link.state.epoch == self._epoch and self._link.state.linked:
-            self._patience.missed(time.monotonic())
-            self._counters["drafts_missed"] += len(asks) - answered
-            self._late.update(c for ask in asks if (c := self._by_id.get(ask.context_id)) and c.asked is ask)
+        else:
+            self._missed(asks, len(asks) - answered, now)
+        return self._asking_s + now - began
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         gone = []
@@ -233,6 +235,18 @@ class LinkProposer:
         if self._asks:
             self._counters["draft_asks"] += len(self._asks)
             self._link.ask(self._asks)
+            self._asking_s = time.monotonic() - now
+
+    def _missed(self, asks: list[DraftAsk], count: int, now: float) -> None:
+        state = self._link.state
+        if not state.linked or state.epoch != self._epoch:
+            return  # these answers will never come; the next epoch starts afresh
+        self._patience.missed(now)
+        self._counters["drafts_missed"] += count
+        for ask in asks:
+            context = self._by_id.get(ask.context_id)
+            if context is not None and context.asked is ask:
+                self._late.add(context)
 
     def _take(self, asks: list[DraftAsk], timeout_s: float) -> int:
         """Hand the answers that have come to their requests; how many came."""

@@ -18,8 +18,8 @@ class NoProposer:
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         """Nothing to do."""
 
-    def collect(self) -> None:
-        """Nothing to wait for."""
+    def collect(self) -> float:
+        return 0.0
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """Nothing is held."""
