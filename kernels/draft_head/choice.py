@@ -1,0 +1,32 @@
+"""What the head says about each row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class HeadChoice(NamedTuple):
+    """Per row: the best token of the vocabulary (or of one rank's shard of it) and what its probability is made of.
+
+    token_ids int64 [rows]: the lowest id among equals. logits float32 [rows]: that token's. log_sum_exp float32 [rows]:
+    over all tokens. Shards join by the largest logit and the log-sum-exp of their log_sum_exp.
+    """
+
+    token_ids: torch.Tensor
+    logits: torch.Tensor
+    log_sum_exp: torch.Tensor
+
+    def probability(self) -> torch.Tensor:
+        """float32 [rows]: softmax probability of the chosen token."""
+        return (self.logits - self.log_sum_exp).exp()
+
+
+def check_arguments(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError unless hidden [rows, width] fits weight [vocabulary, width] of the same dtype."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}: "
+            "want [rows, width] and [vocabulary, width] of one dtype"
+        )

@@ -1,0 +1,144 @@
+"""The draft head in Triton, two stages: sections of the vocabulary side by side, then one program a row joins them.
+
+The weight is read once for every tile of rows (up to 64; the tiles of one section run next to each other and share it
+through the L2 cache), and of the [rows, vocabulary] logits only three numbers a section are ever stored. Sections have
+a fixed size: with a fixed `tile`, the result of a row does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.draft_head.choice import HeadChoice, check_arguments
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """rows x tokens logits of a tile, made `width` columns at a time; section: tokens a program goes through."""
+
+    rows: int = 16
+    tokens: int = 128
+    width: int = 128
+    section: int = 512
+    warps: int = 4
+    stages: int = 3
+
+
+def tiling(rows: int) -> Tiling:
+    """Larger row tiles read the weight less often, but may round differently: fix one where that matters."""
+    return Tiling() if rows <= 16 else Tiling(rows=32) if rows <= 32 else Tiling(rows=64, width=64)
+
+
+def draft_head(
+    hidden: torch.Tensor, weight: torch.Tensor, *, first_token: int = 0, tile: Tiling | None = None
+) -> HeadChoice:
+    """hidden [rows, width] times weight [vocabulary, width], float32, float16 or bfloat16; accumulates in float32.
+
+    As kernels.draft_head.reference. Both tensors contiguous in their last dimension. Raises ValueError for shapes or
+    dtypes that do not fit.
+    """
+    check_arguments(hidden, weight)
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    tile = tile or tiling(rows)
+    sections = triton.cdiv(vocabulary, tile.section)
+    best = torch.empty(sections, rows, dtype=torch.float32, device=hidden.device)
+    best_id = torch.empty(sections, rows, dtype=torch.int32, device=hidden.device)
+    mass = torch.empty_like(best)
+    _sections[(triton.cdiv(rows, tile.rows), sections)](
+        *(hidden, weight, best, best_id, mass, rows, vocabulary, hidden.stride(0), weight.stride(0)),
+        WIDTH=width,
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        COLUMNS=tile.width,
+        SECTION=tile.section,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    choice = HeadChoice(
+        torch.empty(rows, dtype=torch.int64, device=hidden.device),
+        torch.empty(rows, dtype=torch.float32, device=hidden.device),
+        torch.empty(rows, dtype=torch.float32, device=hidden.device),
+    )
+    _join[(rows,)](
+        *(best, best_id, mass, *choice, rows, first_token),
+        SECTIONS=sections,
+        BLOCK=triton.next_power_of_2(sections),
+    )
+    return choice
+
+
+@triton.jit
+def _sections(
+    hidden,
+    weight,
+    best,
+    best_id,
+    mass,
+    rows,
+    vocabulary,
+    hidden_row,
+    weight_row,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SECTION: tl.constexpr,
+):
+    section = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    column = tl.arange(0, COLUMNS)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    top_id = tl.zeros((ROWS,), tl.int32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TOKENS):
+        token = begin + tl.arange(0, TOKENS)
+        exists = token < vocabulary
+        logits = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in range(0, WIDTH, COLUMNS):
+            at = start + column
+            left = tl.load(
+                hidden + row.to(tl.int64)[:, None] * hidden_row + at[None, :],
+                mask=valid[:, None] & (at < WIDTH)[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                weight + token.to(tl.int64)[None, :] * weight_row + at[:, None],
+                mask=exists[None, :] & (at < WIDTH)[:, None],
+                other=0.0,
+            )
+            logits = tl.dot(left, right, logits, input_precision="ieee")
+        logits = tl.where(exists[None, :], logits, float("-inf"))
+        tile_top = tl.max(logits, 1)
+        equal = logits == tile_top[:, None]
+        tile_id = tl.min(tl.where(equal, token[None, :], 2147483647), 1)
+        top_id = tl.where(tile_top > top, tile_id, top_id)
+        higher = tl.maximum(top, tile_top)
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        top = higher
+    cell = section * rows + row
+    tl.store(best + cell, top, mask=valid)
+    tl.store(best_id + cell, top_id, mask=valid)
+    tl.store(mass + cell, total, mask=valid)
+
+
+@triton.jit
+def _join(
+    best, best_id, mass, token_ids, logits, log_sum_exp, rows, first_token, SECTIONS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    section = tl.arange(0, BLOCK)
+    exists = section < SECTIONS
+    own = tl.load(best + section * rows + row, mask=exists, other=float("-inf"))
+    own_id = tl.load(best_id + section * rows + row, mask=exists, other=2147483647)
+    own_mass = tl.load(mass + section * rows + row, mask=exists, other=0.0)
+    top = tl.max(own, 0)
+    token = tl.min(tl.where(own == top, own_id, 2147483647), 0)
+    total = tl.sum(own_mass * tl.exp(own - top), 0)
+    tl.store(token_ids + row, token.to(tl.int64) + first_token)
+    tl.store(logits + row, top)
+    tl.store(log_sum_exp + row, top + tl.log(total))

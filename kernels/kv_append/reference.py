@@ -1,0 +1,68 @@
+"""Rotate and append in plain torch. Rotary embedding: arXiv 2104.09864, in the two-halves layout of transformers."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate_and_append(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate query and key, write key and value into the cache at `rows`, return the rotated query.
+
+    query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]; cos, sin [tokens, rotary_dim], both
+    halves alike; only the first rotary_dim of head_dim turn. Caches [blocks, block_tokens, kv_heads, head_dim], written
+    in place and in their own dtype; rows int [tokens]: block * block_tokens + offset, all different; a negative one is
+    a padding token, which is not stored. Rotates in float32. Raises ValueError for shapes that do not fit.
+    """
+    check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache)
+    stored = rows >= 0
+    at = rows[stored].long()
+    block, offset = at // key_cache.shape[1], at % key_cache.shape[1]
+    key_cache[block, offset] = _rotate(key, cos, sin)[stored].to(key_cache.dtype)
+    value_cache[block, offset] = value[stored].to(value_cache.dtype)
+    return _rotate(query, cos, sin)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turning = x[..., : cos.shape[1]].float()
+    low, high = turning.chunk(2, dim=-1)
+    turned = turning * cos.float()[:, None] + torch.cat([-high, low], dim=-1) * sin.float()[:, None]
+    return torch.cat([turned.to(x.dtype), x[..., cos.shape[1] :]], dim=-1)
+
+
+def check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> None:
+    tokens, kv_heads, head_dim = key.shape
+    if value.shape != key.shape or query.shape[0] != tokens or query.shape[2] != head_dim:
+        raise ValueError(
+            f"query {tuple(query.shape)} and value {tuple(value.shape)} do not fit key {tuple(key.shape)}: want "
+            f"[{tokens}, heads, {head_dim}] and {tuple(key.shape)}"
+        )
+    if key_cache.shape != value_cache.shape or key_cache.shape[2:] != (kv_heads, head_dim):
+        raise ValueError(
+            f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} must both be "
+            f"[blocks, block_tokens, {kv_heads}, {head_dim}]"
+        )
+    if cos.shape != sin.shape or cos.shape[0] != tokens or cos.shape[1] > head_dim or cos.shape[1] % 2:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be [{tokens}, rotary_dim], with an even "
+            f"rotary_dim of at most {head_dim}"
+        )
+    if rows.shape != (tokens,):
+        raise ValueError(f"rows {tuple(rows.shape)} must be [{tokens}], a cache row for each token")

@@ -1,0 +1,301 @@
+"""Paged attention in Triton: one program for a tile of query rows, with all query heads that share its KV head.
+
+Packing the heads of a group beside the rows means that a tile of keys and values is loaded once for all of them: with
+16 verify rows and 8 heads a KV head, once for 128 score rows. Which request a tile belongs to is found on the device
+(a binary search over query_starts), so that one launch serves any mix of verify rows and prefill chunks.
+
+`split_tokens` cuts long contexts into sections that run as programs of their own (flash decoding, arXiv 2311.01282).
+Sections begin at multiples of split_tokens, never at fractions of the batch's longest context, and a second launch
+adds them up in order. With the tile shapes fixed by head_dim and group, a row's result depends on its own request only:
+not on the other requests of the launch, nor on how many rows are verified with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.paged_attention.batch import PagedBatch, check_arguments
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Score rows (query row x head of the group) and KV tokens of a tile, and how the compiler runs it."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def tiling(head_dim: int, group: int) -> Tiling:
+    """Depends on the model alone, never on the batch: that is what makes results independent of it."""
+    rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(16 * group)))
+    rows = max(rows, triton.next_power_of_2(group))
+    return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=2)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+    split_tokens: int | None = None,
+    tile: Tiling | None = None,
+) -> torch.Tensor:
+    """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, head_dim] -> like query.
+
+    As kernels.paged_attention.reference, which defines every argument. Queries float32, float16 or bfloat16; keys and
+    values the same or fp8. Accumulates in float32. Any stride but the last dimension's may be anything.
+    split_tokens: context tokens of a section, a multiple of the tile's tokens; None attends to a context in one go,
+    best where requests alone fill the device. Rows from query_starts[-1] on are padding and stay undefined.
+    Raises ValueError for shapes that do not fit.
+    """
+    check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, split_tokens)
+    tokens, heads, head_dim = query.shape
+    group = heads // keys.shape[2]
+    tile = tile or tiling(head_dim, group)
+    if split_tokens is not None and split_tokens % tile.tokens:
+        raise ValueError(f"split_tokens is {split_tokens}: want a multiple of the tile's {tile.tokens} tokens")
+    splits = 1 if split_tokens is None else max(1, -(-batch.longest_context // split_tokens))
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if split_tokens is None:
+        part, peak, mass = output, output, output  # never written as such
+    else:
+        part = torch.empty(splits, tokens, heads, head_dim, dtype=torch.float32, device=query.device)
+        peak = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
+        mass = torch.empty_like(peak)
+    tile_rows = tile.rows // group  # query rows of a tile
+    _attend[(tokens // tile_rows + batch.requests, keys.shape[2], splits)](
+        *(query, keys, values, output, part, peak, mass, query if sinks is None else sinks),
+        *(batch.block_tables, batch.query_starts, batch.context_lengths),
+        *(batch.requests, tokens, scaling * key_scale, value_scale, 0.0 if soft_cap is None else soft_cap),
+        *(query.stride(0), query.stride(1), batch.block_tables.stride(0)),
+        *(keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2)),
+        HEADS=heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_TOKENS=keys.shape[1],
+        WINDOW=0 if sliding_window is None else sliding_window,
+        SOFT_CAP=soft_cap is not None,
+        SINKS=sinks is not None,
+        SPLIT=0 if split_tokens is None else split_tokens,
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if split_tokens is not None:
+        _add_sections[(tokens, keys.shape[2])](
+            *(output, part, peak, mass, query if sinks is None else sinks, tokens, splits),
+            HEADS=heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            BLOCK_GROUP=triton.next_power_of_2(group),
+            SINKS=sinks is not None,
+            num_warps=min(8, triton.next_power_of_2(max(1, group * head_dim // 256))),
+        )
+    return output
+
+
+@triton.jit
+def _request_of(query_starts, requests, tile, TILE_ROWS: tl.constexpr):
+    """The request that tile number `tile` belongs to; request r's tiles begin at query_starts[r] // TILE_ROWS + r."""
+    low = 0
+    high = requests
+    while low < high:
+        middle = (low + high) // 2
+        begins = tl.load(query_starts + middle) // TILE_ROWS + middle
+        if begins <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _attend(
+    query,
+    keys,
+    values,
+    output,
+    part,
+    peak,
+    mass,
+    sinks,
+    block_tables,
+    query_starts,
+    context_lengths,
+    requests,
+    tokens,
+    scaling,
+    value_scale,
+    soft_cap,
+    query_token,
+    query_head,
+    table_stride,
+    key_block,
+    key_token,
+    key_head,
+    value_block,
+    value_token,
+    value_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    TILE_ROWS: tl.constexpr = ROWS // GROUP
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+
+    request = _request_of(query_starts, requests, tile, TILE_ROWS)
+    start = tl.load(query_starts + request)
+    count = tl.load(query_starts + request + 1) - start
+    first_row = (tile - (start // TILE_ROWS + request)) * TILE_ROWS
+    if first_row >= count:
+        return
+    context = tl.load(context_lengths + request)
+    before = context - count  # tokens in front of the request's rows
+
+    packed = tl.arange(0, ROWS)
+    row = first_row + packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    valid = (packed < TILE_ROWS * GROUP) & (row < count)
+    token = (start + row).to(tl.int64)
+    position = before + row
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < HEAD_DIM
+
+    # The tiles of keys that some row of this tile sees. They begin at multiples of TOKENS whatever the window.
+    last = before + tl.minimum(first_row + TILE_ROWS, count)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(before + first_row - WINDOW + 1, 0) // TOKENS * TOKENS
+    if SPLIT > 0:
+        first = tl.maximum(first, split * SPLIT)
+        last = tl.minimum(last, (split + 1) * SPLIT)
+
+    own = tl.load(
+        query + token[:, None] * query_token + head[:, None] * query_head + dim[None, :],
+        mask=valid[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    top = tl.full((ROWS,), float("-inf"), tl.float32)  # highest score so far, in units of log 2
+    total = tl.zeros((ROWS,), tl.float32)
+    seen = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+    for begin in range(first, last, TOKENS):
+        at = begin + tl.arange(0, TOKENS)
+        stored = at < last
+        block = tl.load(block_tables + request * table_stride + at // BLOCK_TOKENS, mask=stored, other=0).to(tl.int64)
+        within = at % BLOCK_TOKENS
+        key = tl.load(
+            keys + (block * key_block + within * key_token + kv_head * key_head)[None, :] + dim[:, None],
+            mask=stored[None, :] & in_dim[:, None],
+            other=0.0,
+        ).to(own.dtype)
+        score = tl.dot(own, key, input_precision="ieee") * scaling
+        if SOFT_CAP:
+            score = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * score / soft_cap) + 1.0))  # soft_cap * tanh(score / soft_cap)
+        visible = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            visible = visible & (at[None, :] > position[:, None] - WINDOW)
+        score = tl.where(visible, score * LOG2_E, float("-inf"))
+
+        # A tile that a row does not see leaves the row's sums exactly as they were.
+        higher = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(score - shift[:, None])
+        keep = tl.exp2(top - shift)
+        total = total * keep + tl.sum(weight, 1)
+        value = tl.load(
+            values + (block * value_block + within * value_token + kv_head * value_head)[:, None] + dim[None, :],
+            mask=stored[:, None] & in_dim[None, :],
+            other=0.0,
+        ).to(own.dtype)
+        seen = seen * keep[:, None] + tl.dot(weight.to(own.dtype), value, input_precision="ieee")
+        top = higher
+
+    if SPLIT > 0:
+        cell = (split.to(tl.int64) * tokens + token) * HEADS + head
+        tl.store(peak + cell, top, mask=valid)
+        tl.store(mass + cell, total, mask=valid)
+        where = part + cell[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(where, seen * value_scale, mask=valid[:, None] & in_dim[None, :])
+    else:
+        if SINKS:
+            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+            higher = tl.maximum(top, sink)
+            keep = tl.exp2(top - higher)
+            total = total * keep + tl.exp2(sink - higher)
+            seen = seen * keep[:, None]
+        result = seen * value_scale / tl.where(valid, total, 1.0)[:, None]
+        where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(where, result.to(output.dtype.element_ty), mask=valid[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def _add_sections(
+    output,
+    part,
+    peak,
+    mass,
+    sinks,
+    tokens,
+    splits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """One program a query row and KV head: its sections in order. A section that a row does not see weighs nothing."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    token = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK_GROUP)
+    valid = within < GROUP
+    head = tl.program_id(1) * GROUP + within
+    dim = tl.arange(0, BLOCK_DIM)
+    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    top = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_GROUP,), tl.float32)
+    if SINKS:
+        top = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+        total = total + 1.0
+    seen = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
+    for split in range(splits):
+        cell = (split * tokens + token) * HEADS + head
+        own_top = tl.load(peak + cell, mask=valid, other=0.0)
+        own_total = tl.load(mass + cell, mask=valid, other=1.0)
+        own = tl.load(part + cell[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, own_top)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        keep = tl.exp2(top - shift)
+        joins = tl.exp2(own_top - shift)
+        total = total * keep + own_total * joins
+        seen = seen * keep[:, None] + own * joins[:, None]
+        top = higher
+    where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(where, (seen / total[:, None]).to(output.dtype.element_ty), mask=mask)

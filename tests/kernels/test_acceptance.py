@@ -1,0 +1,96 @@
+"""The target's own tokens and how many drafts they confirm, against the verifier's sampling and acceptance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.acceptance import kernel, reference
+from verifier_service import sampling
+from verifier_service.acceptance import accepted_drafts
+
+SMALL = {"section": 64, "tile": 32}
+
+
+def a_race(rows: int = 4, vocabulary: int = 150, dtype: torch.dtype = torch.float32):
+    keys = sampling.row_keys(
+        torch.tensor([7, 7, -3, 2**62])[:rows], torch.arange(rows), torch.tensor([9, 8, 7, 6])[:rows]
+    )
+    return torch.randn(rows, vocabulary).to(dtype), keys, torch.tensor([0.7, 1.0, 0.0, 2.5], dtype=torch.float64)[:rows]
+
+
+def test_random_numbers_are_those_of_the_verifiers_sampling_bit_by_bit():
+    keys = sampling.row_keys(torch.tensor([0, 1, -5, 2**63 - 1]), torch.arange(4), torch.arange(4) * 1000)
+    ids = torch.tensor([0, 1, 151_935, 248_319])
+    assert torch.equal(reference.uniform(keys[:, None], ids), sampling.uniform(keys[:, None], ids))
+
+
+def test_the_kernels_hash_is_the_references_bit_by_bit():
+    """With all logits equal the noise alone decides, and the winner's score is the noise itself."""
+    _, keys, _ = a_race()
+    even = torch.zeros(4, 150)
+    got = kernel.sample(even, keys, torch.ones(4, dtype=torch.float64), **SMALL)
+    noise = -torch.log(-torch.log(sampling.uniform(keys[:, None], torch.arange(150))))
+    assert torch.equal(got[0], noise.argmax(-1))
+    torch.testing.assert_close(got[1], noise.amax(-1), rtol=1e-14, atol=0.0)
+
+
+def test_every_token_hashes_alike():
+    """One column at a time, so that each token's noise is seen, not just the winner's."""
+    _, keys, _ = a_race()
+    one = torch.ones(4, dtype=torch.float64)
+    for token in (0, 1, 151_935, 2**31 + 5):
+        got = kernel.sample(torch.zeros(4, 1), keys, one, first_token=token, section=16, tile=16)[1]
+        want = -torch.log(-torch.log(sampling.uniform(keys, torch.tensor(token))))
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_greedy_and_sampled_rows_agree_with_the_reference(dtype: torch.dtype):
+    logits, keys, temperatures = a_race(dtype=dtype)
+    got = kernel.sample(logits, keys, temperatures, **SMALL)
+    want = reference.sample(logits, keys, temperatures)
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=0.0)
+    assert int(want[0][2]) == int(logits[2].argmax())
+
+
+def test_shards_of_the_vocabulary_draw_the_same_token():
+    logits, keys, temperatures = a_race()
+    whole = reference.sample(logits, keys, temperatures)
+    left = kernel.sample(logits[:, :70], keys, temperatures, **SMALL)
+    right = kernel.sample(logits[:, 70:], keys, temperatures, first_token=70, **SMALL)
+    assert torch.equal(torch.where(right[1] > left[1], right[0], left[0]), whole[0])
+
+
+def test_the_lowest_of_equal_logits_is_the_greedy_token():
+    logits = torch.zeros(1, 150)
+    logits[0, [140, 66, 67]] = 1.0
+    greedy = torch.zeros(1, dtype=torch.float64)
+    key = torch.zeros(1, dtype=torch.int64)
+    assert kernel.sample(logits, key, greedy, **SMALL)[0].tolist() == [66]
+    assert reference.sample(logits, key, greedy)[0].tolist() == [66]
+
+
+def test_drafts_stand_while_they_equal_the_targets_own_tokens():
+    samples = torch.tensor([5, 6, 7, 9, 1, 3, 4])
+    tokens = torch.tensor([2, 5, 6, 8, 3, 1, 2])  # three requests of 4, 2 and 1 rows
+    starts = torch.tensor([0, 4, 6, 7], dtype=torch.int32)
+    want = [accepted_drafts(tokens[a:b].tolist(), samples.tolist(), a) for a, b in ((0, 4), (4, 6), (6, 7))]
+    for accepted, following in (
+        reference.accept(samples, tokens, starts),
+        kernel.accept(samples, tokens, starts, longest=4),
+    ):
+        assert accepted.tolist() == want == [2, 1, 0]
+        assert following.tolist() == [7, 3, 4]
+
+
+def test_a_block_whose_drafts_all_stand_yields_the_sample_after_the_last():
+    samples, tokens = torch.tensor([5, 6, 7, 8]), torch.tensor([1, 5, 6, 7])
+    accepted, following = kernel.accept(samples, tokens, torch.tensor([0, 4], dtype=torch.int32), longest=4)
+    assert (accepted.tolist(), following.tolist()) == ([3], [8])
+
+
+def test_keys_of_the_wrong_dtype_are_named():
+    with pytest.raises(ValueError, match="must be int64"):
+        kernel.sample(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.float64))

@@ -1,0 +1,70 @@
+"""The drafter's head: best token and log-sum-exp without logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.draft_head import reference
+from kernels.draft_head.kernel import Tiling, draft_head, tiling
+
+SMALL = Tiling(rows=16, tokens=32, width=32, section=64)
+
+
+def agree(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32, tile: Tiling = SMALL):
+    hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+    got, want = draft_head(hidden, weight, tile=tile), reference.draft_head(hidden, weight)
+    assert torch.equal(got.token_ids, want.token_ids)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got.log_sum_exp, want.log_sum_exp, rtol=1e-5, atol=1e-4)
+
+
+def test_the_reference_is_argmax_and_softmax():
+    hidden, weight = torch.randn(5, 8), torch.randn(50, 8)
+    choice = reference.draft_head(hidden, weight)
+    probability, token = (hidden @ weight.t()).softmax(-1).max(-1)
+    assert torch.equal(choice.token_ids, token)
+    torch.testing.assert_close(choice.probability(), probability)
+
+
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 32, 64), (20, 40, 203), (3, 64, 33)])
+def test_sizes_need_not_fit_the_tiles(rows: int, width: int, vocabulary: int):
+    agree(rows, width, vocabulary)
+
+
+def test_half_precision_weights_give_the_same_token():
+    agree(4, 32, 100, torch.float16)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 33])
+def test_every_row_tile_in_use_agrees(rows: int):
+    agree(rows, 16, 140, tile=tiling(rows))
+
+
+def test_the_lowest_of_equal_tokens_wins_across_sections():
+    hidden = torch.ones(1, 16)
+    weight = torch.zeros(200, 16)
+    weight[[150, 90, 91]] = 1.0
+    assert draft_head(hidden, weight, tile=SMALL).token_ids.tolist() == [90]
+    assert reference.draft_head(hidden, weight).token_ids.tolist() == [90]
+
+
+def test_shards_of_the_vocabulary_join_to_the_whole():
+    hidden, weight = torch.randn(3, 32), torch.randn(100, 32)
+    whole = reference.draft_head(hidden, weight)
+    shards = [draft_head(hidden, weight[i : i + 50], first_token=i, tile=SMALL) for i in (0, 50)]
+    best = torch.stack([shard.logits for shard in shards]).argmax(0, keepdim=True)
+    assert torch.equal(torch.stack([s.token_ids for s in shards]).gather(0, best)[0], whole.token_ids)
+    joined = torch.stack([s.log_sum_exp for s in shards]).logsumexp(0)
+    torch.testing.assert_close(joined, whole.log_sum_exp, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_do_not_depend_on_each_other():
+    hidden, weight = torch.randn(6, 32), torch.randn(100, 32)
+    together, alone = draft_head(hidden, weight, tile=SMALL), draft_head(hidden[2:3], weight, tile=SMALL)
+    assert all(torch.equal(whole[2:3], own) for whole, own in zip(together, alone))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"hidden \(2, 8\) torch.float32 does not fit weight \(9, 7\)"):
+        draft_head(torch.zeros(2, 8), torch.zeros(9, 7))

@@ -1,0 +1,165 @@
+"""The paged attention kernel against the reference, and the reference against torch's own attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.paged_attention import reference
+from kernels.paged_attention.batch import PagedBatch
+from kernels.paged_attention.kernel import Tiling, paged_attention
+
+BLOCK_TOKENS = 16
+SMALL = Tiling(rows=16, tokens=16, warps=4, stages=2)
+
+
+def a_batch(rows: list[int], contexts: list[int], spare: int = 2) -> PagedBatch:
+    """Blocks of the requests lie scattered over a pool that also holds `spare` foreign ones."""
+    width = -(-max(contexts) // BLOCK_TOKENS)
+    scattered = torch.randperm(len(rows) * width + spare, dtype=torch.int32)
+    return PagedBatch(
+        block_tables=scattered[: len(rows) * width].view(len(rows), width),
+        query_starts=torch.tensor([0, *rows]).cumsum(0).int(),
+        context_lengths=torch.tensor(contexts, dtype=torch.int32),
+        longest_context=max(contexts),
+    )
+
+
+def tensors(batch: PagedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32):
+    blocks = int(batch.block_tables.max()) + 3
+    query = torch.randn(int(batch.query_starts[-1]), heads, dim).to(dtype)
+    keys, values = torch.randn(2, blocks, BLOCK_TOKENS, kv_heads, dim).to(dtype).unbind()
+    return query, keys, values
+
+
+def agree(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32, **options: Any):
+    batch = a_batch([3, 11, 1, 5], [35, 40, 1, 5])  # verify rows on a context, a prefill chunk, a first token, a prompt
+    query, keys, values = tensors(batch, heads, kv_heads, dim, dtype)
+    got = paged_attention(query, keys, values, batch, scaling=dim**-0.5, tile=SMALL, **options)
+    want = reference.paged_attention(query, keys, values, batch, scaling=dim**-0.5, **options)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_the_reference_is_torch_attention_of_each_request():
+    batch = a_batch([4], [30])
+    query, keys, values = tensors(batch, heads=4, kv_heads=2, dim=16)
+    rows = (batch.block_tables[0].long()[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()[:30]
+    mask = torch.arange(30) <= torch.arange(26, 30)[:, None]
+    want = F.scaled_dot_product_attention(
+        query.transpose(0, 1),
+        keys.flatten(0, 1)[rows].transpose(0, 1),
+        values.flatten(0, 1)[rows].transpose(0, 1),
+        mask,
+        scale=0.3,
+        enable_gqa=True,
+    ).transpose(0, 1)
+    got = reference.paged_attention(query, keys, values, batch, scaling=0.3)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 24])
+def test_ragged_verify_rows_and_prefill_chunks_agree_with_the_reference(dim: int):
+    agree(heads=2, kv_heads=1, dim=dim)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (16, 1)])
+def test_any_number_of_heads_may_share_a_kv_head(heads: int, kv_heads: int):
+    agree(heads, kv_heads, dim=16)
+
+
+def test_the_tiling_of_the_model_serves_a_group_of_32():
+    batch = a_batch([2], [20])
+    query, keys, values = tensors(batch, heads=32, kv_heads=1, dim=16)
+    got = paged_attention(query, keys, values, batch, scaling=0.25)
+    want = reference.paged_attention(query, keys, values, batch, scaling=0.25)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_agrees_within_its_rounding():
+    agree(heads=4, kv_heads=2, dim=64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("window", [1, 5, 17, 1000])
+def test_a_row_sees_only_its_window(window: int):
+    agree(heads=2, kv_heads=1, dim=16, sliding_window=window)
+
+
+@pytest.mark.parametrize("split_tokens", [None, 16])
+def test_sinks_take_their_share_of_the_softmax(split_tokens: int | None):
+    agree(heads=4, kv_heads=2, dim=16, sinks=torch.randn(4) + 2, split_tokens=split_tokens)
+
+
+def test_scores_are_capped_softly():
+    agree(heads=2, kv_heads=1, dim=16, soft_cap=0.5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_sections_add_up_to_the_whole(window: int | None):
+    agree(heads=4, kv_heads=2, dim=16, split_tokens=16, sliding_window=window)
+
+
+def test_fp8_keys_and_values_are_worth_their_scales():
+    batch = a_batch([3], [20])
+    query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
+    keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+    scales: dict[str, Any] = {"scaling": 0.25, "key_scale": 0.5, "value_scale": 3.0}
+    got = paged_attention(query, keys, values, batch, tile=SMALL, **scales)
+    want = reference.paged_attention(query, keys, values, batch, **scales)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_does_not_depend_on_the_other_requests_or_the_number_of_rows():
+    """Bit by bit: the promise of deterministic mode."""
+    batch = a_batch([3, 9, 2], [40, 50, 33])
+    query, keys, values = tensors(batch, heads=4, kv_heads=2, dim=16)
+    options: dict[str, Any] = {"scaling": 0.25, "split_tokens": 16, "tile": SMALL}
+    together = paged_attention(query, keys, values, batch, **options)
+    for request, (first, rows, context) in enumerate([(0, 3, 40), (3, 9, 50), (12, 2, 33)]):
+        for kept in {1, rows}:  # the request alone, with all of its rows and with its first row only
+            alone = PagedBatch(
+                batch.block_tables[request : request + 1],
+                torch.tensor([0, kept], dtype=torch.int32),
+                torch.tensor([context - rows + kept], dtype=torch.int32),
+                longest_context=context,
+            )
+            got = paged_attention(query[first : first + kept], keys, values, alone, **options)
+            assert torch.equal(got, together[first : first + kept])
+
+
+def test_padding_rows_and_a_loose_bound_change_nothing():
+    """A captured graph launches with the bucket's rows and the longest context it may ever see."""
+    batch = a_batch([3, 2], [20, 30])
+    query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
+    loose = PagedBatch(batch.block_tables, batch.query_starts, batch.context_lengths, longest_context=80)
+    padded = torch.cat([query, query.new_full((4, 2, 16), 1.0)])
+    options: dict[str, Any] = {"scaling": 0.25, "split_tokens": 16, "tile": SMALL}
+    got = paged_attention(padded, keys, values, loose, **options)
+    assert torch.equal(got[:5], paged_attention(query, keys, values, batch, **options))
+
+
+def test_queries_and_caches_may_be_strided_views():
+    batch = a_batch([3], [20])
+    query, keys, values = tensors(batch, heads=2, kv_heads=2, dim=16)
+    both = torch.stack([keys, values], dim=2)  # as a pool that keeps keys beside values
+    flipped = query.transpose(0, 1).contiguous().transpose(0, 1)
+    got = paged_attention(flipped, both[:, :, 0], both[:, :, 1], batch, scaling=0.25, tile=SMALL)
+    torch.testing.assert_close(got, reference.paged_attention(query, keys, values, batch, scaling=0.25))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sinks": torch.zeros(3)}, r"sinks \(3,\) must be \[2\]"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"split_tokens": 24}, "split_tokens is 24: want a multiple of the tile's 16"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: str):
+    batch = a_batch([1], [2])
+    query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
+    with pytest.raises(ValueError, match=message):
+        paged_attention(query, keys, values, batch, scaling=1.0, tile=SMALL, **change)
