@@ -43,7 +43,8 @@ class FusedDFlash:
         self.eps = model.norm.eps
         self.masked = any(self.config.causal) or SLIDING in self.config.layer_types  # may a row not see a key?
         self.rotary = model.rotary
-        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
+        shape = model.shape
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.norm = model.norm.weight.detach()
         self.dtype, self.device = self.norm.dtype, self.norm.device
         self.layers = [FusedLayer(layer, self.heads, self.kv_heads) for layer in model.layers]
@@ -83,10 +84,9 @@ class FusedDFlash:
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, head_dim]; the sign of rotate_half is already in sin."""
-        cos, sin = self.rotary(self.norm, positions[None])
-        half = self.head_dim // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        return cos.transpose(0, 1), sin.transpose(0, 1)
+        cos, sin = self.rotary(self.norm, positions[:, None])
+        first, second = sin.chunk(2, dim=-1)
+        return cos, torch.cat([-first, second], dim=-1)
 
 
 def _stacked(projections: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -8,15 +8,15 @@ once per token by `context_kv` and kept; the block's KV is thrown away. The targ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, rotate_half
 
+from drafter_service.rotary import Rotary, rotate
 from modeling.dflash import SLIDING, DFlashConfig, DraftCheckpointError, read_weights
 
 PADDING = 1 << 40  # a context position that no block may see
@@ -29,14 +29,14 @@ class DFlashModel(nn.Module):
     def __init__(self, config: DFlashConfig):
         super().__init__()
         self.dflash = config
-        qwen3 = Qwen3Config(**{k: v for k, v in config.raw.items() if k not in ("architectures", "auto_map")})
-        eps = qwen3.rms_norm_eps
+        shape = LayerShape.of(config)
+        eps = shape.eps
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden, config.hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden, eps=eps)
-        self.heads, self.kv_heads, self.head_dim = _head_counts(qwen3)
-        self.layers = cast(Iterable[DraftLayer], nn.ModuleList(DraftLayer(qwen3) for _ in range(config.layers)))
+        self.shape = shape
+        self.layers = cast(Iterable[DraftLayer], nn.ModuleList(DraftLayer(shape) for _ in range(config.layers)))
         self.norm = nn.RMSNorm(config.hidden, eps=eps)
-        self.rotary = Qwen3RotaryEmbedding(qwen3)
+        self.rotary = Rotary(config, shape.head_dim)
 
     @classmethod
     def load(cls, directory: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> DFlashModel:
@@ -71,7 +71,7 @@ class DFlashModel(nn.Module):
 
         features [N, C, hidden], positions [N, C] int64 -> keys, values [N, kv_heads, C, head_dim].
         """
-        rope = self.rotary(features, positions.clamp(max=PADDING - 1))
+        rope = self._rope(features, positions)
         return [layer.self_attn.keys_values(features, rope) for layer in self.layers]
 
     def forward(
@@ -81,11 +81,15 @@ class DFlashModel(nn.Module):
 
         positions [N, Q] int64; context: `context_kv` per layer; masks: per layer, see `block_masks`.
         """
-        rope = self.rotary(embeddings, positions)
+        rope = self._rope(embeddings, positions)
         hidden = embeddings
         for layer, kv, mask in zip(self.layers, context, masks):
             hidden = layer(hidden, rope, kv, mask)
         return self.norm(hidden)
+
+    def _rope(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary(like, positions)  # [N, tokens, head_dim]
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
 def block_masks(config: DFlashConfig, positions: Tensor, bases: Tensor, context_positions: Tensor) -> list[Tensor]:
@@ -119,13 +123,50 @@ def layer_masks(config: DFlashConfig, positions: Tensor, keys: Tensor, seen: Ten
     return masks
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """Dimensions of a draft layer, which are a Qwen3 layer's. eps: of all norms. bias: of the attention projections."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    bias: bool
+
+    @classmethod
+    def of(cls, config: DFlashConfig) -> LayerShape:
+        """Raises DraftCheckpointError for a key that is missing or not supported."""
+        raw, where = config.raw, config.directory / "config.json"
+        for key in ("num_attention_heads", "intermediate_size"):
+            if not isinstance(raw.get(key), int) or raw[key] < 1:
+                raise DraftCheckpointError(f"{where}: {key} is {raw.get(key)!r}; it has to be a positive whole number")
+        activation = raw.get("hidden_act") or "silu"
+        if activation != "silu":
+            raise DraftCheckpointError(f"{where}: hidden_act is {activation!r}; a DFlash drafter has 'silu'")
+        heads = raw["num_attention_heads"]
+        kv_heads = raw.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise DraftCheckpointError(f"{where}: num_attention_heads {heads} is no multiple of {kv_heads} key heads")
+        return cls(
+            hidden=config.hidden,
+            intermediate=raw["intermediate_size"],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=raw.get("head_dim") or config.hidden // heads,
+            eps=raw.get("rms_norm_eps") or 1e-6,
+            bias=bool(raw.get("attention_bias")),
+        )
+
+
 class DraftLayer(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, shape: LayerShape):
         super().__init__()
-        self.self_attn = DraftAttention(config)
-        self.mlp = DraftMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DraftAttention(shape)
+        self.mlp = DraftMLP(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: LayerKV, mask: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, context, mask)
@@ -133,24 +174,23 @@ class DraftLayer(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, shape: LayerShape):
         super().__init__()
-        hidden, bias = config.hidden_size, config.attention_bias
-        heads, kv_heads, self.head_dim = _head_counts(config)
-        self.grouped = heads != kv_heads
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.head_dim = shape.head_dim
+        self.grouped = shape.heads != shape.kv_heads
+        self.q_proj = nn.Linear(shape.hidden, shape.heads * self.head_dim, bias=shape.bias)
+        self.k_proj = nn.Linear(shape.hidden, shape.kv_heads * self.head_dim, bias=shape.bias)
+        self.v_proj = nn.Linear(shape.hidden, shape.kv_heads * self.head_dim, bias=shape.bias)
+        self.o_proj = nn.Linear(shape.heads * self.head_dim, shape.hidden, bias=shape.bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=shape.eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=shape.eps)
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> LayerKV:
         keys = self.k_norm(self._heads(self.k_proj(x)))
-        return _rotate(keys, rope), self._heads(self.v_proj(x))
+        return rotate(keys, *rope), self._heads(self.v_proj(x))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: LayerKV, mask: Tensor) -> Tensor:
-        query = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
+        query = rotate(self.q_norm(self._heads(self.q_proj(x))), *rope)
         keys, values = self.keys_values(x, rope)
         out = F.scaled_dot_product_attention(
             query,
@@ -166,22 +206,11 @@ class DraftAttention(nn.Module):
 
 
 class DraftMLP(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, shape: LayerShape):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _head_counts(config: Qwen3Config) -> tuple[int, int, int]:
-    """Query heads, key-value heads, head dimension."""
-    heads = config.num_attention_heads
-    return heads, config.num_key_value_heads or heads, config.head_dim
-
-
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope[0].unsqueeze(1), rope[1].unsqueeze(1)
-    return x * cos + rotate_half(x) * sin

@@ -13,9 +13,9 @@ from drafter_service.context import ContextTable
 from drafter_service.fused import FusedDFlash
 from drafter_service.model import PADDING, DFlashModel, block_masks
 from drafter_service.pool import ContextPool
-from modeling.dflash import DraftCheckpointError, read_weights
+from modeling.dflash import DFlashConfig, DraftCheckpointError, read_weights
 from tests.drafter_service import paper
-from tests.drafter_service.pairs import BLOCK, FULL, HIDDEN, SLIDING, write_checkpoint, write_drafter
+from tests.drafter_service.pairs import BLOCK, FULL, HIDDEN, SLIDING, draft_config, write_checkpoint, write_drafter
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -116,6 +116,49 @@ def test_half_precision_is_close(tmp_path: Path, dtype: torch.dtype) -> None:
     right = expected(drafter, features, 0, embeddings, 9)
     assert hidden.dtype == dtype
     assert torch.nn.functional.cosine_similarity(hidden.float(), right).min() > 0.999
+
+
+def test_angles_are_exact_in_half_precision_far_into_a_context(tmp_path: Path) -> None:
+    model = DFlashModel.load(write_drafter(tmp_path), torch.bfloat16)
+    place, head_dim = 100_003, 8
+    cos, sin = model.rotary(model.norm.weight, torch.tensor([place]))
+    angles = place * 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    torch.testing.assert_close(cos[0].double(), angles.cos().repeat(2), atol=0.01, rtol=0)
+    torch.testing.assert_close(sin[0].double(), angles.sin().repeat(2), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_every_kind_of_rope_is_the_one_of_transformers(tmp_path: Path, kind: str) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3RotaryEmbedding
+
+    extra = {"factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 5000.0} | {
+        key: value
+        for key, value in extra.items()
+        if (kind in ("linear", "yarn") and key == "factor")
+        or kind == "llama3"
+        or (kind == "yarn" and key == "original_max_position_embeddings")
+    }
+    model = DFlashModel.load(write_drafter(tmp_path, rope_parameters=rope), torch.float32)
+    raw = {key: value for key, value in model.dflash.raw.items() if key != "architectures"}
+    positions = torch.arange(0, 200, 7)[None]
+    theirs = Qwen3RotaryEmbedding(Qwen3Config(**raw))(model.norm.weight, positions)
+    for ours, right in zip(model.rotary(model.norm.weight, positions), theirs):
+        torch.testing.assert_close(ours, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_attention_heads": None}, "num_attention_heads is None"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of 3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    ],
+)
+def test_a_configuration_that_no_draft_model_has_is_refused(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(DraftCheckpointError, match=part):
+        DFlashModel(DFlashConfig.from_dict(draft_config(**changes), Path("drafter")))
 
 
 def test_a_padded_context_row_is_seen_by_no_block(tmp_path: Path) -> None:
