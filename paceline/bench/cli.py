@@ -14,6 +14,7 @@ from cluster.errors import PacelineError
 app = typer.Typer(no_args_is_help=True, help="Measure engines and servers.")
 
 CONCURRENCY = (1, 8)
+FILE_WIDTH = 120
 
 Concurrency = Annotated[
     list[int] | None, typer.Option("--concurrency", min=1, help="requests at once; may be repeated; default: 1 and 8")
@@ -65,7 +66,7 @@ def engine(
         result = bench(options)
     except PacelineError as error:
         _fail(error)
-    result.show(Console())
+    result.show(_console())
     if json is not None:
         result.write_json(json)
     if plot is not None:
@@ -104,7 +105,7 @@ def server(
     except PacelineError as error:
         _fail(error)
     title = f"{name} at {url}, {max_tokens} tokens, temperature {temperature:g}"
-    Console().print(server_report.table(levels, title))
+    _console().print(server_report.table(levels, title))
     if json is not None:
         settings = {"url": url, "model": name, "max_tokens": max_tokens, "temperature": temperature}
         server_report.write_json(json, levels, {**settings, "prompts": str(prompts or prompt_files.SHIPPED)})
@@ -112,6 +113,12 @@ def server(
         server_report.plot(plot, levels, title)
     if all(not level.tokens for level in levels):
         raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for any table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
 def _fail(error: PacelineError) -> None:

@@ -50,13 +50,14 @@ class EngineDecoder:
     def __init__(
         self,
         name: str,
+        note: str,
         address: str,
         stop_token_ids: frozenset[int],
         temperature: float,
         drafted: bool,
         remote: bool,
     ):
-        self.name, self.note = name, ""
+        self.name, self.note = name, note
         self._stop_token_ids, self._drafted, self._remote = stop_token_ids, drafted, remote
         self._sampling = SamplingParams(temperature=temperature)
         self._runs = itertools.count()

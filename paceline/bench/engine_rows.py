@@ -12,8 +12,8 @@ from paceline.bench.engine_decoder import EngineDecoder
 from verifier_service.config import LinkSettings, SpeculationSettings, VerifierSettings
 
 PLAIN = "plain"
-DISAGGREGATED = "drafted, disaggregated"
-COLOCATED = "drafted, colocated"
+DISAGGREGATED = "disaggregated"
+COLOCATED = "colocated"
 START_S = 600.0
 
 
@@ -61,27 +61,30 @@ class EngineSetup:
 
 def plain(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
     """No taps, no feature store, no link."""
-    return _decoder(PLAIN, setup, setup.verifier("none"), stack)
+    return _decoder(PLAIN, setup, setup.verifier("none"), stack, "no drafter")
 
 
 def disaggregated(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
     """The drafter in a process of its own, at the other end of a tcp link."""
     drafter = stack.enter_context(LocalDrafter(setup.draft_service(), start_timeout_s=START_S))
-    decoder = _decoder(DISAGGREGATED, setup, setup.verifier("disaggregated"), stack)
+    decoder = _decoder(
+        DISAGGREGATED, setup, setup.verifier("disaggregated"), stack, "drafter in another process, tcp link"
+    )
     decoder.link_to(drafter.address)
     return decoder
 
 
 def colocated(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
     """The drafter in rank 0's process, on its thread."""
-    return _decoder(COLOCATED, setup, setup.verifier("colocated"), stack)
+    return _decoder(COLOCATED, setup, setup.verifier("colocated"), stack, "drafter in the target's process")
 
 
-def _decoder(name: str, setup: EngineSetup, settings: VerifierSettings, stack: ExitStack) -> EngineDecoder:
+def _decoder(name: str, setup: EngineSetup, settings: VerifierSettings, stack: ExitStack, note: str) -> EngineDecoder:
     gang = stack.enter_context(LocalGang(settings, engine_id=f"bench-{name}", start_timeout_s=START_S))
     mode = settings.speculation.mode
     decoder = EngineDecoder(
         name,
+        note,
         gang.address,
         setup.stop_token_ids,
         setup.temperature,

@@ -1,4 +1,4 @@
-"""The row `published loop`: the DFlash authors' own generation loop (PyPI `dflash`, an optional dependency).
+"""The row `published`: the DFlash authors' own generation loop (PyPI `dflash`, an optional dependency).
 
 It handles one request at a time and targets without recurrent state, so the row is there for Qwen3 targets.
 """
@@ -32,8 +32,8 @@ def why_not(model_type: str) -> str | None:
 class PublishedLoop:
     """Shares the target's weights with `reference`. Raises BenchError if the drafter cannot be loaded."""
 
-    name = "published loop"
-    note = "one request at a time"
+    name = "published"
+    note = "the DFlash authors' loop, one request at a time"
 
     def __init__(self, reference: Reference, drafter: Path, dtype: str, device: str, temperature: float):
         from dflash.model import DFlashDraftModel, dflash_generate

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as library_logs
 
 from paceline.bench.errors import BenchError
 from paceline.bench.runs import Output, Run
@@ -20,8 +21,8 @@ class Reference:
     threads: of torch in this process, as many as the engines' ranks have together. temperature 0 is greedy.
     """
 
-    name = "transformers generate"
-    note = "batches of the concurrency's size, left-padded"
+    name = "transformers"
+    note = "its generate(), in left-padded batches, one after the other"
 
     def __init__(self, target: Path, dtype: str, device: str, threads: int, temperature: float):
         torch.set_num_threads(threads)
@@ -88,6 +89,8 @@ def load_reference(target: Path, dtype: str, device: str, threads: int, temperat
     """Raises BenchError if TARGET cannot be loaded."""
     if not (target / "config.json").is_file():
         raise BenchError(f"--target {target} holds no config.json: give a checkpoint directory")
+    library_logs.set_verbosity_error()  # its hints on faster kernels, and a bar for a second's load
+    library_logs.disable_progress_bar()
     try:
         return Reference(target, dtype, device, threads, temperature)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

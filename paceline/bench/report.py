@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from paceline.bench.figures import Row, Skipped
 
 ABSENT = "–"
+HEADINGS = (
+    "at\nonce",
+    "tokens\n/ s",
+    "x\nplain",
+    "\ntau",
+    "outside\nloops",
+    "loop\nshare",
+    "draft\nshare",
+    "link\nbytes",
+)
 
 
 def table(rows: Sequence[Row], skipped: Sequence[Skipped], title: str) -> Table:
-    made = Table(title=title, title_justify="left", caption=_caption(rows, skipped), caption_justify="left")
-    made.add_column("decoder")
-    for heading in (
-        "conc.",
-        "tokens/s",
-        "x plain",
-        "tau",
-        "tau outside\nloops",
-        "loop\nshare",
-        "draft\nshare",
-        "link bytes\n/ token",
-    ):
-        made.add_column(heading, justify="right")
-    made.add_column("text against the reference")
+    made = Table(
+        title=title,
+        title_justify="left",
+        caption=_caption(rows, skipped),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    made.add_column("decoder", no_wrap=True)
+    for heading in HEADINGS:
+        made.add_column(heading, justify="right", no_wrap=True)
+    made.add_column("text vs\nreference", overflow="fold", min_width=9)
     for row in rows:
         tau = row.tau
         made.add_row(
@@ -85,7 +96,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("tokens per second (median; whiskers: slowest to fastest run)")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(textwrap.fill(title, 80), fontsize="medium")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -96,8 +107,9 @@ def _number(value: float | None, form: str) -> str:
     return ABSENT if value is None else format(value, form)
 
 
-def _caption(rows: Sequence[Row], skipped: Sequence[Skipped]) -> str | None:
+def _caption(rows: Sequence[Row], skipped: Sequence[Skipped]) -> str:
     notes = {row.name: row.note for row in rows if row.note}
-    lines = [f"{name}: {note}" for name, note in notes.items()]
+    lines = ["Outside loops: tau there. Draft share: of the step's time. Link bytes: per token of context."]
+    lines += [f"{name}: {note}" for name, note in notes.items()]
     lines += [f"{entry.name}: skipped, {entry.reason}" for entry in skipped]
-    return "\n".join(lines) or None
+    return "\n".join(lines)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from paceline.bench.load import Level
@@ -20,8 +21,15 @@ def table(levels: Sequence[Level], title: str) -> Table:
     caption = "ms: p50 / p90 / p99. ITL: between chunks with text, which may hold several tokens; TPOT: per token."
     if not all(level.tokens_counted_by_server for level in levels):
         caption += "\nThe server sends no usage: tokens are chunks with text."
-    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for heading in ("conc.", "requests", "errors", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "request ms"):
+    made = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("at once", "requests", "errors", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "request ms"):
         made.add_column(heading, justify="right")
     for level in levels:
         errors = ", ".join(f"{count} {kind}" for kind, count in sorted(level.errors.items()))

@@ -22,14 +22,15 @@ def shown(table):
 def test_the_table_shows_every_figure_and_why_a_row_is_missing():
     text = shown(report.table([PLAIN, DRAFTED], SKIPPED, "title"))
     line = next(line for line in text.splitlines() if "drafted" in line)
-    assert [cell.strip() for cell in line.strip("│ ").split("│")] == [
-        *("drafted", "8", "250.0", "2.50", "3.50", "3.25", "25%", "12%", "1024", "equal, 1 of 8 by ties")
-    ]
+    figures = ["8", "250.0", "2.50", "3.50", "3.25", "25%", "12%", "1024"]
+    assert line.split() == ["drafted", *figures, *["equal,", "1", "of", "8", "by", "ties"]]
     assert "published loop: skipped, the package dflash is not installed" in text
 
 
 def test_what_does_not_apply_is_a_dash():
-    line = next(line for line in shown(report.table([PLAIN], [], "title")).splitlines() if line.startswith("│ plain"))
+    line = next(
+        line for line in shown(report.table([PLAIN], [], "title")).splitlines() if line.strip().startswith("plain")
+    )
     assert line.count(report.ABSENT) == 5
 
 
