@@ -74,6 +74,12 @@ def serve(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 for settings that cannot be served."""
     options = _parser().parse_args(arguments)
+    try:
+        settings = DrafterSettings.model_validate_json(options.settings)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            print(f"--settings {'.'.join(map(str, item['loc']))}: {item['msg']}", file=sys.stderr)
+        return 2
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -81,12 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parent = options.exit_with_parent or os.getppid()
         threading.Thread(target=_watch_parent, args=(parent, stop), name="parent-watch", daemon=True).start()
     try:
-        settings = DrafterSettings.model_validate_json(options.settings)
         serve(settings, options.host, options.port, _print_ready, stop)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            print(f"--settings {'.'.join(map(str, item['loc']))}: {item['msg']}", file=sys.stderr)
-        return 2
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
