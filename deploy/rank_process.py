@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from cluster.errors import PacelineError
 from deploy.link import make_link
 from verifier_service.config import VerifierSettings
+from verifier_service.fit import check_fit
 
 PARENT_CHECK_S = 0.5
 
@@ -34,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for item in error.errors(include_url=False):
             print(f"--settings {'.'.join(map(str, item['loc']))}: {item['msg']}", file=sys.stderr)
         return 2
-    from verifier_service.rank import run_rank  # brings torch and transformers: not needed to refuse settings
-
     try:
+        check_fit(settings)
+        from verifier_service.rank import run_rank  # brings torch and transformers: not needed to refuse settings
+
         run_rank(
             settings,
             options.rank,
