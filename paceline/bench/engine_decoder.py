@@ -87,9 +87,12 @@ class EngineDecoder:
 
         before = await self._client.probe(ANSWER_S)
         started = perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(client())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(client())
+        except ExceptionGroup as several:  # all for the same reason: the engine's
+            raise BenchError(f"{self.name}: {several.exceptions[0]}") from several
         seconds = perf_counter() - started
         after = await self._client.probe(ANSWER_S)
         return Run(
@@ -112,10 +115,13 @@ class EngineDecoder:
             cache_salt=salt,
         )
         collector = Collector()
-        async with asyncio.timeout(REQUEST_S):
-            with self._client.submit(request) as stream:
-                async for delta in stream:
-                    collector.add(delta)
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                with self._client.submit(request) as stream:
+                    async for delta in stream:
+                        collector.add(delta)
+        except TimeoutError:
+            raise BenchError(f"a request had not ended after {REQUEST_S:g} s") from None
         return collector.output()
 
     async def _linked(self) -> None:
