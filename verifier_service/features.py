@@ -6,6 +6,7 @@ from here. Bounded in bytes: over the bound the longest request loses its oldest
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 
 import torch
@@ -35,8 +36,8 @@ class FeatureStore:
         known = held.end - start
         if known > 0:
             rows = rows[known:]
-        if not rows.shape[0]:
-            return
+            if not rows.shape[0]:
+                return
         self.bytes += held.add(rows) - held.trim(window)
         if self.bytes > self._max_bytes:
             self._shrink()
@@ -71,13 +72,13 @@ class FeatureStore:
 
 
 class _Held:
-    """One request's pieces; positions first..end-1 are valid, though the oldest piece may begin before first."""
+    """One request's pieces, which begin at position `begin`; positions first..end-1 of them are valid."""
 
-    __slots__ = ("bytes", "end", "first", "loose", "pieces")
+    __slots__ = ("begin", "bytes", "end", "first", "loose", "pieces")
 
     def __init__(self, start: int):
-        self.first = self.end = start
-        self.pieces: list[torch.Tensor] = []
+        self.begin = self.first = self.end = start
+        self.pieces: deque[torch.Tensor] = deque()
         self.loose = 0
         self.bytes = 0
 
@@ -85,34 +86,36 @@ class _Held:
         freed, self.bytes = self.bytes, 0
         self.pieces.clear()
         self.loose = 0
-        self.first = self.end = start
+        self.begin = self.first = self.end = start
         return freed
 
     def add(self, rows: torch.Tensor) -> int:
+        added = rows.nbytes
         self.pieces.append(rows)
         self.end += rows.shape[0]
+        self.bytes += added
         self.loose += 1
         if self.loose >= LOOSE:
-            self.pieces[-LOOSE:] = [torch.cat(self.pieces[-LOOSE:])]
+            newest = [self.pieces.pop() for _ in range(LOOSE)]
+            self.pieces.append(torch.cat(newest[::-1]))
             self.loose = 0
-        self.bytes += rows.nbytes
-        return rows.nbytes
+        return added
 
     def trim(self, window: int, exact: bool = False) -> int:
         """Keep the newest `window` positions; bytes freed. Whole pieces go at once, parts of one when exact."""
         if self.end - self.first <= window:
             return 0
         before, self.first = self.bytes, self.end - window
-        begin = self.end - sum(piece.shape[0] for piece in self.pieces)
-        while self.pieces and begin + self.pieces[0].shape[0] <= self.first:
-            piece = self.pieces.pop(0)
-            begin += piece.shape[0]
+        while self.pieces and self.begin + self.pieces[0].shape[0] <= self.first:
+            piece = self.pieces.popleft()
+            self.begin += piece.shape[0]
             self.bytes -= piece.nbytes
-        self.loose = min(self.loose, len(self.pieces))
-        stale = self.first - begin
+            self.loose = min(self.loose, len(self.pieces))
+        stale = self.first - self.begin
         if self.pieces and stale and (exact or stale >= window):
             old = self.pieces[0]
             self.pieces[0] = old[stale:].clone()
+            self.begin = self.first
             self.bytes -= old.nbytes - self.pieces[0].nbytes
         return before - self.bytes
 

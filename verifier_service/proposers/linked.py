@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from cluster.link.face import LinkState, VerifierLink
@@ -86,7 +87,8 @@ class LinkProposer:
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         state = self._link.state
         self._follow(state)
-        moved = [(self._context(p.sequence), p) for p in progress if p.finish is None]
+        contexts = self._contexts
+        moved = [(contexts.get(p.sequence.key) or self._begin(p.sequence), p) for p in progress if p.finish is None]
         moved = [(context, p) for context, p in moved if context.limit > 0]
         if taps is not None and moved:
             self._take_features(moved, taps, state.linked)
@@ -159,55 +161,56 @@ class LinkProposer:
         if self._store.end(context.sequence.key):
             self._lagging.add(context)
 
-    def _context(self, sequence: RunningRequest) -> _Context:
-        context = self._contexts.get(sequence.key)
-        if context is None:
-            own = sequence.request.max_draft_tokens
-            limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
-            request_id, choice = sequence.key
-            context = _Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
-            self._contexts[sequence.key] = self._by_id[context.context_id] = context
+    def _begin(self, sequence: RunningRequest) -> _Context:
+        own = sequence.request.max_draft_tokens
+        limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
+        request_id, choice = sequence.key
+        context = _Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
+        self._contexts[sequence.key] = self._by_id[context.context_id] = context
         return context
 
     # Features.
 
     def _take_features(self, moved: list[tuple[_Context, Progress]], taps: torch.Tensor, linked: bool) -> None:
         """Fuse the committed rows in one go, keep them, and send each context its own."""
-        parts = []
-        rows = 0
+        window = self._window
+        whose: list[tuple[_Context, int]] = []  # context, position of its first row
+        firsts: list[int] = []
+        counts: list[int] = []
         for context, progress in moved:
-            skipped = max(0, min(progress.kept, len(context.sequence.tokens) - self._window - progress.start))
+            skipped = len(context.sequence.tokens) - window - progress.start
+            skipped = min(skipped, progress.kept) if skipped > 0 else 0
             if skipped < progress.kept:
-                parts.append((context, progress.start + skipped, progress.row + skipped, progress.kept - skipped))
-                rows += progress.kept - skipped
-        if rows == 0:
+                whose.append((context, progress.start + skipped))
+                firsts.append(progress.row + skipped)
+                counts.append(progress.kept - skipped)
+        if not whose:
             return
-        if rows != taps.shape[0]:
-            kept = [row for _, _, first, count in parts for row in range(first, first + count)]
-            taps = taps.index_select(0, torch.tensor(kept, device=taps.device))
+        if sum(counts) != taps.shape[0]:
+            taps = taps.index_select(0, _ranges(firsts, counts).to(taps.device))
         features = self._fuser(taps)
-        stored = features.cpu()
-        at = 0
-        for context, start, _, count in parts:
-            self._store.put(context.sequence.key, start, stored[at : at + count], self._window)
+        stored = features.cpu()  # the same tensor on a CPU
+        own_rows = stored.split(counts)
+        sent_rows = own_rows if stored is features else features.split(counts)
+        for (context, start), count, own, sent in zip(whose, counts, own_rows, sent_rows):
+            self._store.put(context.sequence.key, start, own, window)
             if linked:
-                self._send_new(context, start, features[at : at + count])
-            at += count
+                self._send_new(context, start, count, sent)
 
-    def _send_new(self, context: _Context, start: int, rows: torch.Tensor) -> None:
-        if context in self._lagging or start + rows.shape[0] <= context.sent:
+    def _send_new(self, context: _Context, start: int, count: int, rows: torch.Tensor) -> None:
+        if context in self._lagging or start + count <= context.sent:
             return  # caught up below, from the store; or computed again after a preemption
         if context.sent and start > context.sent:
             self._lagging.add(context)
             return
         if start < context.sent:
-            rows, start = rows[context.sent - start :], context.sent
-        self._append(context, start, rows)
+            rows, start, count = rows[context.sent - start :], context.sent, start + count - context.sent
+        self._append(context, start, count, rows)
 
-    def _append(self, context: _Context, start: int, rows: torch.Tensor) -> None:
+    def _append(self, context: _Context, start: int, count: int, rows: torch.Tensor) -> None:
         self._link.append(context.context_id, start, rows)
-        self._counters["context_tokens"] += rows.shape[0]
-        context.sent = start + rows.shape[0]
+        self._counters["context_tokens"] += count
+        context.sent = start + count
 
     def _catch_up(self) -> None:
         """Send lagging contexts what the store has, as fast as the drafter takes it in."""
@@ -215,7 +218,8 @@ class LinkProposer:
             context = self._lagging.pop()
             start, pieces = self._store.since(context.sequence.key, context.sent)
             if pieces:
-                self._append(context, start, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+                rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                self._append(context, start, rows.shape[0], rows)
 
     # Drafts.
 
@@ -262,6 +266,13 @@ class LinkProposer:
                 self._counters["drafts_late"] += 1
             context.sequence.drafts = _still_useful(answer, context.sequence)
         return len(answers)
+
+
+def _ranges(firsts: list[int], counts: list[int]) -> torch.Tensor:
+    """int64: first .. first + count - 1 of each pair, one after the other."""
+    lengths = np.array(counts)
+    before = lengths.cumsum() - lengths
+    return torch.from_numpy(np.repeat(np.array(firsts) - before, lengths) + np.arange(int(lengths.sum())))
 
 
 def _still_useful(answer: DraftAnswer, sequence: RunningRequest) -> tuple[int, ...]:
