@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.contracts import EngineRequest, SetDrafters, Submit
+from cluster.contracts import Configure, EngineRequest, SetDrafters, Submit
 from cluster.errors import EngineDiedError
 from deploy.local import LocalDrafter, LocalGang
 from drafter_service.config import DrafterSettings
@@ -68,6 +68,23 @@ def test_two_ranks_with_a_drafter_elsewhere_say_what_one_rank_says_alone(pair):
         draft.stop()
         assert eventually(lambda: not client.status().linked)
         assert outputs(client, "alone") == plain
+
+
+def test_a_stalled_drafter_changes_no_text_and_is_used_again(pair):
+    with LocalDrafter(drafter(pair)) as draft, LocalGang(verifier(pair, 1, "disaggregated")) as gang:
+        client = Client(gang.address)
+        client.send(SetDrafters((draft.address,)), Configure(soft_deadline_s=0.05))
+        assert eventually(lambda: client.status().linked)
+        drafted = outputs(client, "drafted", 200)
+        os.kill(draft.pids[0], signal.SIGSTOP)
+        try:
+            assert outputs(client, "stalled", 200) == drafted
+        finally:
+            os.kill(draft.pids[0], signal.SIGCONT)
+        assert eventually(lambda: client.status().linked)
+        before = client.status().counters["draft_answers"]
+        assert outputs(client, "again", 200) == drafted
+        assert client.status().counters["draft_answers"] > before
 
 
 def test_a_colocated_drafter_changes_no_text(pair):
