@@ -84,7 +84,7 @@ def _gumbel(key, token):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _race(
     logits,
     keys,

@@ -71,7 +71,7 @@ def draft_head(
     return choice
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sections(
     hidden,
     weight,
@@ -126,7 +126,7 @@ def _sections(
     tl.store(mass + cell, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_token"])
 def _join(
     best, best_id, mass, token_ids, logits, log_sum_exp, rows, first_token, SECTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -125,7 +125,7 @@ def _request_of(query_starts, requests, tile, TILE_ROWS: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "tokens"])
 def _attend(
     query,
     keys,
@@ -255,7 +255,7 @@ def _attend(
         tl.store(where, result.to(output.dtype.element_ty), mask=valid[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def _add_sections(
     output,
     part,

@@ -1,0 +1,250 @@
+"""What is checked and measured on a GPU: every kernel in serving shapes, as random tensors and calls to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.acceptance import kernel as acceptance
+from kernels.acceptance import reference as acceptance_reference
+from kernels.draft_head import kernel as draft_head
+from kernels.draft_head import reference as draft_head_reference
+from kernels.gated_delta import kernel as gated_delta
+from kernels.gated_delta import reference as gated_delta_reference
+from kernels.kv_append import kernel as kv_append
+from kernels.kv_append import reference as kv_append_reference
+from kernels.paged_attention import kernel as paged_attention
+from kernels.paged_attention import reference as paged_attention_reference
+from kernels.paged_attention.batch import PagedBatch
+from kernels.rms_norm import kernel as rms_norm
+from kernels.rms_norm import reference as rms_norm_reference
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one shape. run, reference and library take no arguments and return a tensor or tuple of tensors.
+
+    moved: bytes that have to pass between memory and chip at least. library: torch's own way to do the same on inputs
+    laid out as it likes best (its result is not compared), or None. tolerance: for `run` against `reference`.
+    """
+
+    name: str
+    run: Call
+    reference: Call
+    moved: int
+    library: Call | None = None
+    tolerance: float = 2e-2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where tensors go and in what dtype, and by what to divide the large sizes (1 on a GPU)."""
+
+    device: str
+    dtype: torch.dtype
+    shrink: int = 1
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
+
+    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+
+def cases(machine: Machine) -> Iterator[Case]:
+    """Made one at a time, because several fill most of a device's memory."""
+    small = machine.shrink
+    for requests, rows, context, split in (
+        (16, 16, 32_768, None),
+        (16, 16, 32_768, 4096),
+        (1, 16, 32_768, 1024),
+        (64, 16, 2048, None),
+        (64, 1, 2048, None),
+        (1, 2048, 2048, None),
+    ):
+        shape = max(1, requests // small), max(1, rows // small), max(64, context // small)
+        if split is not None:
+            split = max(64, split // small)
+        yield _attention(machine, *shape, heads=32, kv_heads=8, dim=128, split=split)
+    yield _attention(machine, max(1, 16 // small), 8, max(64, 8192 // small), heads=32, kv_heads=2, dim=256, split=None)
+    yield _attention(
+        machine, max(1, 16 // small), 8, max(64, 8192 // small), heads=64, kv_heads=8, dim=64, split=None, window=128
+    )
+    for rows in (15, 60, 240):
+        yield _head(machine, max(1, rows // small), width=4096 // small, vocabulary=151_936 // small)
+    for requests in (1, 16, 64):
+        yield from _delta(machine, max(1, requests // small), heads=max(2, 32 // small), tokens=max(2, 16 // small))
+    yield _append(machine, tokens=max(1, 1024 // small), heads=32, kv_heads=8, dim=128)
+    yield _norm(machine, tokens=max(1, 1024 // small), width=4096 // small)
+    for temperature in (0.0, 1.0):
+        yield _sample(machine, rows=max(1, 1024 // small), vocabulary=151_936 // small, temperature=temperature)
+    yield _accept(machine, requests=max(2, 64 // small), rows=16)
+
+
+def _attention(
+    machine: Machine,
+    requests: int,
+    rows: int,
+    context: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    split: int | None,
+    window: int | None = None,
+) -> Case:
+    block = 16
+    width = -(-context // block)
+    blocks = requests * width
+    batch = PagedBatch(
+        machine.ints(torch.randperm(blocks).view(requests, width)),
+        machine.ints([rows * request for request in range(requests + 1)]),
+        machine.ints([context] * requests),
+        longest_context=context,
+    )
+    query = machine.normal(requests * rows, heads, dim)
+    keys, values = (machine.normal(blocks, block, kv_heads, dim) for _ in range(2))
+    options: dict[str, Any] = {"scaling": dim**-0.5, "split_tokens": split, "sliding_window": window}
+    seen = context if window is None else min(context, window + rows)
+    library = None if window is not None else _torch_attention(query, keys, values, requests, context, dim**-0.5)
+    suffix = "".join((f" window {window}" if window else "", f" split {split}" if split else ""))
+    return Case(
+        f"paged_attention {requests} x {rows} rows, context {context}, heads {heads}/{kv_heads} x {dim}{suffix}",
+        lambda: paged_attention.paged_attention(query, keys, values, batch, **options),
+        lambda: paged_attention_reference.paged_attention(query, keys, values, batch, **options),
+        moved=query.itemsize * (2 * query.numel() + 2 * requests * seen * kv_heads * dim),
+        library=library,
+    )
+
+
+def _torch_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: int, context: int, scaling: float
+) -> Call:
+    """torch's attention with each request's keys side by side in memory, which is more than a paged cache can give it.
+
+    Heads that share a KV head become more rows of it where a mask is needed, so that it has a fused kernel to choose.
+    """
+    rows, (heads, dim), kv_heads = query.shape[0] // requests, query.shape[1:], keys.shape[2]
+    dense = [x.view(requests, -1, kv_heads, dim)[:, :context].transpose(1, 2) for x in (keys, values)]
+    flat = query.view(requests, rows, heads, dim).transpose(1, 2)
+    if rows == context:
+        return lambda: F.scaled_dot_product_attention(
+            flat, dense[0], dense[1], is_causal=True, enable_gqa=True, scale=scaling
+        )
+    packed = flat.reshape(requests, kv_heads, heads // kv_heads * rows, dim)
+    at = torch.arange(context, device=query.device)
+    mask = (at <= at[context - rows :, None]).repeat(heads // kv_heads, 1)
+    return lambda: F.scaled_dot_product_attention(packed, dense[0], dense[1], mask, scale=scaling)
+
+
+def _head(machine: Machine, rows: int, width: int, vocabulary: int) -> Case:
+    hidden, weight = machine.normal(rows, width), machine.normal(vocabulary, width) * width**-0.5
+
+    def library() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = hidden @ weight.t()
+        return logits.argmax(-1), logits.logsumexp(-1)
+
+    # The best logit and the log-sum-exp: of two equally good tokens, rounding may choose either.
+    return Case(
+        f"draft_head {rows} rows, {width} -> {vocabulary}",
+        lambda: draft_head.draft_head(hidden, weight)[1:],
+        lambda: draft_head_reference.draft_head(hidden, weight)[1:],
+        moved=weight.itemsize * (weight.numel() + hidden.numel()),
+        library=library,
+    )
+
+
+def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator[Case]:
+    dim = 128
+    query, key = F.normalize(machine.normal(2, requests, heads // 2, tokens, dim).float(), dim=-1).unbind()
+    value = machine.normal(requests, heads, tokens, dim)
+    beta, fade = torch.rand(2, requests, heads, tokens, device=machine.device).unbind()
+    log_decay = -fade
+    memory = machine.normal(requests, heads, dim, dim, dtype=torch.float32)
+    slots, lengths = machine.ints(torch.randperm(requests)), machine.ints([tokens] * requests)
+    kept = machine.ints([tokens // 2] * requests)
+    verify = (query, key, value, log_decay, beta, memory, slots, lengths)
+    done = gated_delta_reference.gated_delta_verify(*verify)
+    block = value.numel() * value.itemsize + 4 * (query.numel() + key.numel() + 2 * done.output.numel())
+    yield Case(
+        f"gated_delta_verify {requests} x {tokens} tokens, {heads} heads x {dim}",
+        lambda: tuple(gated_delta.gated_delta_verify(*verify)),
+        lambda: tuple(gated_delta_reference.gated_delta_verify(*verify)),
+        moved=4 * memory.numel() + block,
+        tolerance=1e-4,
+    )
+
+    def commit(way: Any, state: torch.Tensor) -> torch.Tensor:
+        way.gated_delta_commit(key, done.decay, done.corrected, state, slots, kept)
+        return state
+
+    states = memory.clone(), memory.clone()  # advanced again by each run: equal numbers of runs stay comparable
+    yield Case(
+        f"gated_delta_commit {requests} x {tokens // 2} of {tokens} tokens, {heads} heads x {dim}",
+        lambda: commit(gated_delta, states[0]),
+        lambda: commit(gated_delta_reference, states[1]),
+        moved=8 * memory.numel() + 4 * (key.numel() + done.corrected.numel()) * (tokens // 2) // tokens,
+        tolerance=1e-4,
+    )
+
+
+def _append(machine: Machine, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    query, key, value = (machine.normal(tokens, count, dim) for count in (heads, kv_heads, kv_heads))
+    angles = torch.rand(tokens, dim // 2, device=machine.device).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    caches = [torch.zeros(tokens + 1, 16, kv_heads, dim, device=machine.device, dtype=machine.dtype) for _ in range(4)]
+    rows = machine.ints(torch.randperm(16 * tokens)[:tokens], torch.int64)
+
+    def call(way: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return way.rotate_and_append(query, key, value, cos, sin, rows, keys, values), keys, values
+
+    return Case(
+        f"rotate_and_append {tokens} tokens, heads {heads}/{kv_heads} x {dim}",
+        lambda: call(kv_append, caches[0], caches[1]),
+        lambda: call(kv_append_reference, caches[2], caches[3]),
+        moved=2 * query.itemsize * (query.numel() + 2 * key.numel()) + 8 * cos.numel(),
+    )
+
+
+def _norm(machine: Machine, tokens: int, width: int) -> Case:
+    x, residual, weight = machine.normal(tokens, width), machine.normal(tokens, width), machine.normal(width)
+    return Case(
+        f"rms_norm {tokens} x {width} with residual",
+        lambda: rms_norm.rms_norm(x, weight, 1e-6, residual),
+        lambda: rms_norm_reference.rms_norm(x, weight, 1e-6, residual),
+        moved=x.itemsize * 4 * x.numel(),
+        library=lambda: F.rms_norm(x + residual, (width,), weight, 1e-6),
+    )
+
+
+def _sample(machine: Machine, rows: int, vocabulary: int, temperature: float) -> Case:
+    logits = machine.normal(rows, vocabulary, dtype=torch.float32) * 3
+    keys = torch.randint(-(2**62), 2**62, (rows,), device=machine.device)
+    temperatures = torch.full((rows,), temperature, dtype=torch.float64, device=machine.device)
+    return Case(
+        f"sample {rows} x {vocabulary}, temperature {temperature}",
+        lambda: acceptance.sample(logits, keys, temperatures),
+        lambda: acceptance_reference.sample(logits, keys, temperatures),
+        moved=4 * logits.numel(),
+        library=lambda: logits.argmax(-1),
+        tolerance=1e-12,
+    )
+
+
+def _accept(machine: Machine, requests: int, rows: int) -> Case:
+    """Three in four tokens are alike, so that some drafts stand and some fall."""
+    samples, tokens = torch.randint(0, 4, (2, requests * rows), device=machine.device).clamp_(max=1).unbind()
+    starts = machine.ints([rows * request for request in range(requests + 1)])
+    return Case(
+        f"accept {requests} x {rows} rows",
+        lambda: acceptance.accept(samples, tokens, starts, longest=rows),
+        lambda: acceptance_reference.accept(samples, tokens, starts),
+        moved=16 * samples.numel(),
+        tolerance=1e-12,
+    )
