@@ -43,6 +43,7 @@ def ray_session(address: str | None, show_logs: bool = False) -> Iterator[None]:
 
     if address is None:  # Serve's controller looks ten times a second by default: too often for two shared cores
         os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # models are the work here, nothing to be polite to
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     shared: dict[str, Any] = {"namespace": "serve", "log_to_driver": show_logs, "logging_level": logging.ERROR}
@@ -59,10 +60,8 @@ def ray_session(address: str | None, show_logs: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextlib.contextmanager
-def deployed(file: DeployFile) -> Iterator[None]:
-    """The file's application, submitted as `serve run` does it; deleted at the end. Does not wait for it."""
-    from ray import serve
+def deploy(file: DeployFile) -> None:
+    """Submit the file's application as `serve run` does it. Does not wait for it."""
     from ray.serve._private import api
     from ray.serve.config import gRPCOptions
 
@@ -74,10 +73,15 @@ def deployed(file: DeployFile) -> Iterator[None]:
         controller_options=schema.controller_options,
         global_logging_config=schema.logging_config,
     )
-    try:
-        client.deploy_apps(schema, _blocking=False)
-        yield
-    finally:
+    client.deploy_apps(schema, _blocking=False)
+
+
+def withdraw(file: DeployFile) -> None:
+    """Delete the file's application from a cluster that others use; Serve too, if nothing else is on it."""
+    from ray import serve
+
+    serve.delete(file.name)
+    if not serve.status().applications:
         serve.shutdown()
 
 

@@ -42,7 +42,7 @@ def serve(
     """Serve FILE until Ctrl-C. Exit codes: 0 ended by the user, 1 the application failed, 2 FILE cannot work."""
     from deploy.file import read_deploy_file
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing may be left behind
+    _interruptible()
     try:
         _serve(read_deploy_file(file), address, logs)
     except ConfigError as error:
@@ -56,26 +56,43 @@ def serve(
 
 
 def _serve(file: DeployFile, address: str | None, logs: bool) -> None:
-    from deploy.session import app_state, check_room, deployed, ray_session
+    from deploy.session import check_room, deploy, ray_session, withdraw
 
     started = time.monotonic()
-    url = f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}"
+    if address is None:
+        check_port(file.host, file.port)
     with ray_session(address, logs):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
+        _interruptible()  # Ray has put its own handlers in place
         check_room(file.application)
-        if address is None:
-            check_port(file.host, file.port)
-        with deployed(file), console.status("starting") as spinner:
-            shown = ""
-            for progress in _until_ready(lambda: app_state(file.name), url, deadline_s(file.application)):
-                spinner.update(progress)
-                if progress != shown and not console.is_terminal:
-                    _print("starting", progress)
-                shown = progress
-            spinner.stop()
-            _print("ready", f"{url} after {time.monotonic() - started:.0f} s")
-            console.print(examples(url, file.application.model_name), markup=False)
-            _report_changes(lambda: app_state(file.name))
+        deploy(file)
+        try:
+            _run(file, started)
+        finally:
+            if address is not None:  # a Ray of our own ends as a whole
+                withdraw(file)
+
+
+def _run(file: DeployFile, started: float) -> None:
+    """From the submitted application to the user's Ctrl-C."""
+    from deploy.session import app_state
+
+    url = f"http://{file.host}:{file.port}{file.route_prefix.rstrip('/')}"
+    shown = ""
+    with console.status("starting") as spinner:
+        for progress in _until_ready(lambda: app_state(file.name), url, deadline_s(file.application)):
+            spinner.update(progress)
+            if progress != shown and not console.is_terminal:
+                _print("starting", progress)
+            shown = progress
+    _print("ready", f"{url} after {time.monotonic() - started:.0f} s")
+    console.print(examples(url, file.application.model_name), markup=False)
+    _report_changes(lambda: app_state(file.name))
+
+
+def _interruptible() -> None:
+    """SIGTERM ends as Ctrl-C does, and both work where a shell started this in the background with SIGINT ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def check_port(host: str, port: int) -> None:

@@ -24,7 +24,14 @@ CALL_DEADLINE_S = 5.0
 RETRY_S = 0.5
 
 
-@serve.deployment(name="Directory", num_replicas=1, max_ongoing_requests=10_000, health_check_period_s=2)
+@serve.deployment(
+    name="Directory",
+    num_replicas=1,
+    max_ongoing_requests=10_000,
+    health_check_period_s=2,
+    graceful_shutdown_timeout_s=1,  # watchers wait by design: there is nothing to drain
+    graceful_shutdown_wait_loop_s=0.2,
+)
 class Directory:
     """Registrations and long-polled views."""
 

@@ -20,7 +20,7 @@ from cluster.api.engine_client import EngineClient
 from cluster.contracts import Status
 from cluster.placement.membership import VERIFIER, View
 from deploy.file import read_deploy_file
-from deploy.session import app_state, deployed, ray_session
+from deploy.session import app_state, deploy, ray_session
 
 T = TypeVar("T")
 START_S = 180.0
@@ -67,7 +67,8 @@ def served(arguments: dict[str, Any], directory: Path) -> Iterator[Served]:
     http = {"host": "127.0.0.1", "port": port}
     path.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}))
     file = read_deploy_file(path)
-    with ray_session(None), deployed(file):
+    with ray_session(None):
+        deploy(file)
         app = Served("it", f"http://127.0.0.1:{port}", file.application.model_name)
         eventually(lambda: _ready(app), START_S, lambda: f"the application is {app_state('it')}")
         yield app
