@@ -22,10 +22,10 @@ class Reference:
     """
 
     name = "transformers"
-    note = "its generate(), in left-padded batches, one after the other"
 
     def __init__(self, target: Path, dtype: str, device: str, threads: int, temperature: float):
         torch.set_num_threads(threads)
+        self.note = f"its generate() with {threads} torch thread(s), in left-padded batches"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(target, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, dtype), local_files_only=True)
         self.model: Any = loaded.to(device).eval().requires_grad_(False)
