@@ -6,6 +6,7 @@ float32, measured), and the result differs in the last bits only. Elsewhere this
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import torch
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACKED_FOR_ROWS = 64  # a hint: as good for 1 and for 500 rows
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
+PACKED_MACHINES = ("x86_64", "AMD64")
 
 Linear = Callable[[Tensor], Tensor]
 
 
 def fixed_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """x [..., in] -> x weight^T + bias [..., out]. weight [out, in]; both are taken as they are now."""
+    """x [..., in] -> x weight^T + bias [..., out]. weight [out, in]; neither may change afterwards."""
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
     if _packable(weight):
@@ -32,10 +33,13 @@ def fixed_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 def _packable(weight: Tensor) -> bool:
     """The operators are torch's own (its compiler uses them) but not part of its public face: ask first."""
     operators = torch.ops.mkldnn
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in PACKED_DTYPES
-        and torch.backends.mkldnn.is_available()
-        and hasattr(operators, "_reorder_linear_weight")
-        and hasattr(operators, "_linear_pointwise")
-    )
+    if (
+        weight.device.type != "cpu"
+        or platform.machine() not in PACKED_MACHINES
+        or not torch.backends.mkldnn.is_available()
+        or not all(hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    ):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(operators._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter_service.context import Context, ContextTable, Key
@@ -28,6 +28,7 @@ def contexts(table: ContextTable) -> list[Context]:
     return [context for context in found if context is not None]
 
 
+@settings(deadline=None)
 @given(APPENDS, st.integers(1, 12), st.integers(1, 4))
 def test_a_slot_holds_the_newest_window_of_its_context_in_its_first_rows(appends, window, slots):
     table = ContextTable(slots, window)
@@ -42,6 +43,7 @@ def test_a_slot_holds_the_newest_window_of_its_context_in_its_first_rows(appends
             assert set(held[context.slot].values()) == newest
 
 
+@settings(deadline=None)
 @given(APPENDS, st.integers(1, 4))
 def test_no_two_contexts_share_a_slot_and_no_slot_is_lost(appends, slots):
     table = ContextTable(slots, 8)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cluster.link.messages import Draft, DraftAsk
 from drafter_service.engine import DrafterEngine
-from tests.drafter_service.pairs import BLOCK, VOCABULARY, settings_for
+from tests.drafter_service import paper
+from tests.drafter_service.pairs import BLOCK, MASK, VOCABULARY, settings_for
 from tests.drafter_service.peers import CONTEXT, RecordingPeer, ask_for, assert_same, drafted_once, features
 
 
@@ -19,6 +23,18 @@ def test_an_ask_is_answered_with_as_many_tokens_as_rows(engine, peer):
         assert len(answer.token_ids) == len(answer.confidence) == rows
         assert all(0 <= token < VOCABULARY for token in answer.token_ids)
         assert all(1 / VOCABULARY <= confidence <= 1 for confidence in answer.confidence)
+
+
+def test_drafts_are_the_papers_most_probable_tokens(engine, peer, target_dir, drafter_dir):
+    rows, weights = features(CONTEXT), load_file(target_dir / "model.safetensors")
+    config = json.loads((drafter_dir / "config.json").read_text())
+    block = weights["model.embed_tokens.weight"][[7, *[MASK] * (BLOCK - 1)]]
+    hidden = paper.block_hidden(config, load_file(drafter_dir / "model.safetensors"), rows, 0, block, CONTEXT)
+    probabilities = (hidden[1:] @ weights["lm_head.weight"].double().T).softmax(-1)
+    confidence, token_ids = probabilities.max(-1)
+    answer = drafted_once(engine, peer, rows)
+    assert answer.token_ids == tuple(token_ids.tolist())
+    assert answer.confidence == pytest.approx(confidence.tolist(), rel=1e-3)
 
 
 def test_drafts_depend_on_the_context_and_on_the_bonus_token(engine, peer):
@@ -118,6 +134,7 @@ def test_an_evicted_context_can_be_appended_again(engine, peer):
     for name in "abcd":
         engine.append(peer, name, 0, features(CONTEXT))
     engine.run_once()
+    assert [name for name, _ in peer.acks] == ["b", "c", "d"]
     engine.append(peer, "a", 0, features(CONTEXT))
     assert ask_for(engine, peer, "a", CONTEXT).token_ids
     assert peer.gone == ["a", "b"]

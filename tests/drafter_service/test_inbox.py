@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.link.messages import DraftAsk
@@ -17,6 +17,7 @@ def ask(context_id: str, base: int) -> DraftAsk:
     return DraftAsk(context_id, base, bonus_token=1, rows=3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-2, 6)), max_size=40), st.integers(0, 5))
 def test_nothing_is_let_through_twice_and_bases_only_grow(asks, room):
     inbox, peer = Inbox(max_asks=room), RecordingPeer()

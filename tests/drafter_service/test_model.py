@@ -100,6 +100,46 @@ def test_a_context_longer_than_the_window_is_its_last_rows(drafter: Path, attend
     torch.testing.assert_close(hidden, expected(drafter, features[13:], 13, embeddings, 21), atol=1e-4, rtol=1e-4)
 
 
+def test_no_row_of_the_pool_is_written_twice_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would be left to chance which of the two stays."""
+    model = FusedDFlash(DFlashModel.load(write_drafter(tmp_path), torch.float32))
+    table, pool = ContextTable(2, 8), ContextPool(model, 2, 8)
+    written: list[list[int]] = []
+    monkeypatch.setattr(pool, "_write", lambda rows, positions, features: written.append(rows.tolist()))
+    for name, start, count in (("a", 0, 6), ("b", 0, 2), ("a", 6, 6), ("b", 9, 2), ("c", 0, 3)):
+        pool.stage(table.append(("link", name), start, count), torch.zeros(count, HIDDEN))
+    pool.flush()
+    assert [len(rows) for rows in written] == [8, 8, 3]
+    assert all(len(rows) == len(set(rows)) for rows in written)
+
+
+@pytest.mark.parametrize("attend", [AttendEach, AttendPadded])
+def test_features_that_were_no_numbers_leave_nothing_in_their_slot(tmp_path: Path, attend: Any) -> None:
+    torch.manual_seed(7)
+    drafter = write_drafter(tmp_path)
+    model = FusedDFlash(DFlashModel.load(drafter, torch.float32))
+    table, pool = ContextTable(2, 32), ContextPool(model, 2, 32)
+    long, short, embeddings = torch.randn(20, HIDDEN), torch.randn(3, HIDDEN), torch.randn(BLOCK, HIDDEN)
+    with torch.inference_mode():
+        pool.stage(table.append(("bad", "a"), 0, 20), torch.full((20, HIDDEN), float("nan")))
+        pool.flush()
+        table.free(("bad", "a"))
+        blocks = []
+        for name, features in ("short", short), ("long", long):
+            placement = table.append(("good", name), 0, len(features))
+            pool.stage(placement, features)
+            base = len(features)
+            blocks.append(Block(pool.first_row(placement.context), base, base, BLOCK, False))
+        pool.flush()
+        assert blocks[0].first_row == 0, "the short context is to follow the bad one in its slot"
+        positions = torch.cat([torch.arange(block.base, block.base + BLOCK) for block in blocks])
+        attending = attend(model, pool, blocks, positions)
+        hidden = model.final_norm(model.forward(torch.cat([embeddings, embeddings]), positions, attending))
+    for rows, features in zip(hidden.split(BLOCK), (short, long)):
+        right = expected(drafter, features, 0, embeddings, len(features))
+        torch.testing.assert_close(rows, right, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
