@@ -67,3 +67,12 @@ class VerifierSettings(Strict):
                 "checkpoint directory, or set speculation.mode to 'none'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _cache_holds_a_block(self) -> VerifierSettings:
+        if self.kv_cache_tokens < self.block_tokens:
+            raise ValueError(
+                f"kv_cache_tokens ({self.kv_cache_tokens}) is less than one block of block_tokens "
+                f"({self.block_tokens}): raise the one or lower the other"
+            )
+        return self

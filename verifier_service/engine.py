@@ -85,6 +85,8 @@ class Engine:
         self._commands: deque[_Start | _Abort | _Drop] = deque()
         self._arrived = threading.Condition(threading.Lock())
         self._stopping = False
+        self._closed = False  # commands are no longer taken
+        self._begun = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._step_ended = time.monotonic()
@@ -135,15 +137,19 @@ class Engine:
 
     def start(self) -> None:
         """Run on a thread of its own."""
+        self._begun = True
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End after the step under way; requests in flight get an error Delta. Raises TimeoutError if it does not."""
+        """End after the step under way; returns once requests in flight have had an error Delta.
+
+        Raises TimeoutError if that takes longer than timeout_s. An engine that was never run has nothing to end.
+        """
         with self._arrived:
             self._stopping = True
             self._arrived.notify_all()
-        if not self._ended.wait(timeout_s):
+        if self._begun and not self._ended.wait(timeout_s):
             raise TimeoutError(f"the engine's step did not end within {timeout_s:g} s")
 
     # The engine's thread.
@@ -151,6 +157,7 @@ class Engine:
     @torch.inference_mode()
     def run(self) -> None:
         """Until stop. Raises what a step raised, after every request in flight has had an error Delta."""
+        self._begun = True
         try:
             while not self._stopping:
                 self._take_commands()
@@ -203,7 +210,7 @@ class Engine:
     def _command(self, command: _Start | _Abort | _Drop) -> bool:
         """False if the engine has ended."""
         with self._arrived:
-            if self._ended.is_set():
+            if self._closed:
                 return False
             self._commands.append(command)
             self._arrived.notify_all()
@@ -251,8 +258,7 @@ class Engine:
 
     def _end(self, why: str) -> None:
         with self._arrived:
-            self._stopping = True
-            self._ended.set()  # from here on `_command` answers by itself
+            self._closed = True
             left = [command for command in self._commands if isinstance(command, _Start)]
             self._commands.clear()
         by_sink: dict[Sink, list[Delta]] = {}
