@@ -8,10 +8,7 @@ from pydantic import ValidationError
 
 from cluster.errors import ConfigError
 from deploy.config import Application
-from modeling.dflash_config import DFlashConfig, DraftCheckpointError
-from modeling.errors import CheckpointError
-from modeling.families import shard_map
-from modeling.target_config import TargetConfig, read_target_config
+from verifier_service.fit import check_fit
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -22,24 +19,18 @@ def checked(application: Application) -> Application:
     A relative path is looked up in the current directory first, then in the checkout that this file is part of.
     """
     verifier = application.verifier
-    target_dir = _directory("verifier.target", verifier.target)
-    target = _target(target_dir, verifier.tensor_parallel_size)
-    if verifier.max_context is not None and verifier.max_context > target.max_context:
-        raise ConfigError(
-            f"verifier.max_context is {verifier.max_context} but {target_dir} was made for {target.max_context} "
-            "positions: lower it or leave it out"
-        )
-    changes: dict[str, object] = {"target": str(target_dir)}
+    paths = {"target": str(_directory("verifier.target", verifier.target))}
     if verifier.drafter is not None and verifier.speculation.mode != "none":
-        drafter_dir = _directory("drafter.checkpoint" if application.drafter else "verifier.drafter", verifier.drafter)
-        _check_pair(_draft(drafter_dir), target)
-        changes["drafter"] = str(drafter_dir)
-    _check_device(application)
-    result = application.model_copy(update={"verifier": verifier.model_copy(update=changes)})
-    if application.drafter is None or "drafter" not in changes:
-        return result
-    drafter = {"target": changes["target"], "checkpoint": changes["drafter"]}
-    return result.model_copy(update={"drafter": application.drafter.model_copy(update=drafter)})
+        key = "drafter.checkpoint" if application.drafter is not None else "verifier.drafter"
+        paths["drafter"] = str(_directory(key, verifier.drafter))
+    found = verifier.model_copy(update=paths)
+    check_fit(found)
+    _check_device("verifier", "rank_resources", verifier.device, verifier.bundles[1])
+    if application.drafter is None:
+        return application.model_copy(update={"verifier": found})
+    _check_device("drafter", "resources", application.drafter.device, application.drafter.bundles[1])
+    drafter = application.drafter.model_copy(update={"target": found.target, "checkpoint": found.drafter})
+    return application.model_copy(update={"verifier": found, "drafter": drafter})
 
 
 def explained(error: ValidationError) -> list[str]:
@@ -65,47 +56,8 @@ def _directory(key: str, given: str) -> Path:
     return found.resolve()
 
 
-def _target(directory: Path, tensor_parallel_size: int) -> TargetConfig:
-    try:
-        target = read_target_config(directory)
-        shard_map(target, tensor_parallel_size)
-    except CheckpointError as error:
-        raise ConfigError(f"verifier.target: {error}") from error
-    return target
-
-
-def _draft(directory: Path) -> DFlashConfig:
-    try:
-        return DFlashConfig.load(directory)
-    except DraftCheckpointError as error:
-        raise ConfigError(f"drafter.checkpoint: {error}") from error
-
-
-def _check_pair(draft: DFlashConfig, target: TargetConfig) -> None:
-    for field, of_draft, name, of_target in (
-        ("hidden_size", draft.hidden, "hidden_size", target.hidden),
-        ("vocab_size", draft.vocabulary, "vocab_size", target.vocabulary),
-        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.layers),
-    ):
-        if of_draft != of_target:
-            raise ConfigError(
-                f"drafter.checkpoint does not fit verifier.target: {field} is {of_draft} in "
-                f"{draft.directory / 'config.json'}, but {name} is {of_target} in "
-                f"{target.directory / 'config.json'}; use a drafter that was trained for this target"
-            )
-    if not 0 <= draft.mask_token_id < target.vocabulary:
+def _check_device(section: str, key: str, device: str, bundle: dict[str, float]) -> None:
+    if device == "cuda" and bundle.get("GPU", 0) <= 0:
         raise ConfigError(
-            f"drafter.checkpoint does not fit verifier.target: mask_token_id {draft.mask_token_id} in "
-            f"{draft.directory / 'config.json'} is outside the target's vocabulary of {target.vocabulary}"
+            f"{section}.device is 'cuda' but {section}.{key} holds no GPU: add GPU: 1, or set device: cpu"
         )
-
-
-def _check_device(application: Application) -> None:
-    parts = [("verifier", "rank_resources", application.verifier.device, application.verifier.bundles[1])]
-    if application.drafter is not None:
-        parts.append(("drafter", "resources", application.drafter.device, application.drafter.bundles[1]))
-    for section, key, device, bundle in parts:
-        if device == "cuda" and bundle.get("GPU", 0) <= 0:
-            raise ConfigError(
-                f"{section}.device is 'cuda' but {section}.{key} holds no GPU: add GPU: 1, or set device: cpu"
-            )

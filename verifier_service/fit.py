@@ -50,12 +50,18 @@ def _check_pair(drafter: DFlashConfig, target: TargetConfig) -> None:
             f"verifier.drafter {drafter.directory} taps the target's layers {beyond}, but {target.directory} has "
             f"layers 0..{target.layers - 1}: {cure}"
         )
-    for key, of_drafter, of_target in (
-        ("hidden_size", drafter.hidden, target.hidden),
-        ("vocab_size", drafter.vocabulary, target.vocabulary),
+    for key, of_drafter, theirs, of_target in (
+        ("hidden_size", drafter.hidden, "hidden_size", target.hidden),
+        ("vocab_size", drafter.vocabulary, "vocab_size", target.vocabulary),
+        ("num_target_layers", drafter.num_target_layers, "num_hidden_layers", target.layers),
     ):
         if of_drafter != of_target:
             raise ConfigError(
                 f"verifier.drafter {drafter.directory} does not fit verifier.target: {key} is {of_drafter}, but "
-                f"{of_target} in {target.directory}: {cure}"
+                f"{theirs} is {of_target} in {target.directory}: {cure}"
             )
+    if not 0 <= drafter.mask_token_id < target.vocabulary:
+        raise ConfigError(
+            f"verifier.drafter {drafter.directory} does not fit verifier.target: mask_token_id {drafter.mask_token_id} "
+            f"is outside the vocabulary of {target.vocabulary} in {target.directory}: {cure}"
+        )
