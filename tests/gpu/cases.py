@@ -22,6 +22,8 @@ from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_attention.batch import PagedBatch
 from kernels.rms_norm import kernel as rms_norm
 from kernels.rms_norm import reference as rms_norm_reference
+from kernels.short_conv import kernel as short_conv
+from kernels.short_conv import reference as short_conv_reference
 
 Call = Callable[[], Any]
 
@@ -80,6 +82,7 @@ def cases(machine: Machine) -> Iterator[Case]:
         yield _head(machine, max(1, rows // small), width=4096 // small, vocabulary=151_936 // small)
     for requests in (1, 16, 64):
         yield from _delta(machine, max(1, requests // small), heads=max(2, 32 // small), tokens=max(2, 16 // small))
+    yield from _conv(machine, requests=max(1, 64 // small), tokens=max(2, 16 // small), channels=8192 // small)
     yield _append(machine, tokens=max(1, 1024 // small), heads=32, kv_heads=8, dim=128)
     yield _norm(machine, tokens=max(1, 1024 // small), width=4096 // small)
     for temperature in (0.0, 1.0):
@@ -191,6 +194,31 @@ def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator
         lambda: commit(gated_delta_reference, states[1]),
         moved=8 * memory.numel() + 4 * (key.numel() + done.corrected.numel()) * (tokens // 2) // tokens,
         tolerance=1e-4,
+    )
+
+
+def _conv(machine: Machine, requests: int, tokens: int, channels: int) -> Iterator[Case]:
+    mixed, weight = machine.normal(requests, tokens, channels), machine.normal(channels, 4)
+    state, slots = machine.normal(requests, 3, channels), machine.ints(torch.randperm(requests))
+    lengths, kept = machine.ints([tokens] * requests), machine.ints([tokens // 2] * requests)
+    yield Case(
+        f"short_conv_verify {requests} x {tokens} tokens, {channels} channels",
+        lambda: short_conv.short_conv_verify(mixed, weight, state, slots, lengths),
+        lambda: short_conv_reference.short_conv_verify(mixed, weight, state, slots, lengths),
+        moved=mixed.itemsize * (2 * mixed.numel() + state.numel() + weight.numel()),
+    )
+
+    def commit(way: Any, own: torch.Tensor) -> torch.Tensor:
+        way.short_conv_commit(mixed, own, slots, kept)
+        return own
+
+    states = state.clone(), state.clone()
+    yield Case(
+        f"short_conv_commit {requests} x {tokens // 2} of {tokens} tokens, {channels} channels",
+        lambda: commit(short_conv, states[0]),
+        lambda: commit(short_conv_reference, states[1]),
+        moved=2 * state.itemsize * state.numel(),
+        tolerance=1e-12,
     )
 
 

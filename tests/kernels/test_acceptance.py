@@ -65,11 +65,11 @@ def test_shards_of_the_vocabulary_draw_the_same_token():
 
 def test_the_lowest_of_equal_logits_is_the_greedy_token():
     logits = torch.zeros(1, 150)
-    logits[0, [140, 66, 67]] = 1.0
+    logits[0, [140, 100, 70, 71]] = 1.0
     greedy = torch.zeros(1, dtype=torch.float64)
     key = torch.zeros(1, dtype=torch.int64)
-    assert kernel.sample(logits, key, greedy, **SMALL)[0].tolist() == [66]
-    assert reference.sample(logits, key, greedy)[0].tolist() == [66]
+    assert kernel.sample(logits, key, greedy, **SMALL)[0].tolist() == [70]
+    assert reference.sample(logits, key, greedy)[0].tolist() == [70]
 
 
 def test_drafts_stand_while_they_equal_the_targets_own_tokens():
@@ -86,9 +86,10 @@ def test_drafts_stand_while_they_equal_the_targets_own_tokens():
 
 
 def test_a_block_whose_drafts_all_stand_yields_the_sample_after_the_last():
-    samples, tokens = torch.tensor([5, 6, 7, 8]), torch.tensor([1, 5, 6, 7])
-    accepted, following = kernel.accept(samples, tokens, torch.tensor([0, 4], dtype=torch.int32), longest=4)
-    assert (accepted.tolist(), following.tolist()) == ([3], [8])
+    """Also where the next request's bonus token happens to be that very sample."""
+    samples, tokens = torch.tensor([5, 6, 7, 8, 3]), torch.tensor([1, 5, 6, 7, 8])
+    accepted, following = kernel.accept(samples, tokens, torch.tensor([0, 4, 5], dtype=torch.int32), longest=4)
+    assert (accepted.tolist(), following.tolist()) == ([3, 0], [8, 3])
 
 
 def test_keys_of_the_wrong_dtype_are_named():

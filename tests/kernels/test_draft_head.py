@@ -41,12 +41,12 @@ def test_every_row_tile_in_use_agrees(rows: int):
     agree(rows, 16, 140, tile=tiling(rows))
 
 
-def test_the_lowest_of_equal_tokens_wins_across_sections():
+def test_the_lowest_of_equal_tokens_wins_within_and_across_sections():
     hidden = torch.ones(1, 16)
     weight = torch.zeros(200, 16)
-    weight[[150, 90, 91]] = 1.0
-    assert draft_head(hidden, weight, tile=SMALL).token_ids.tolist() == [90]
-    assert reference.draft_head(hidden, weight).token_ids.tolist() == [90]
+    weight[[150, 100, 70, 71]] = 1.0
+    assert draft_head(hidden, weight, tile=SMALL).token_ids.tolist() == [70]
+    assert reference.draft_head(hidden, weight).token_ids.tolist() == [70]
 
 
 def test_shards_of_the_vocabulary_join_to_the_whole():
