@@ -50,7 +50,7 @@ def sample(
 def accept(
     samples: torch.Tensor, row_tokens: torch.Tensor, starts: torch.Tensor, *, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As kernels.acceptance.reference.accept. longest: upper bound of a request's rows, known to the host."""
+    """As kernels.acceptance.reference.accept. One program a request, `longest` rows wide."""
     requests = starts.shape[0] - 1
     accepted = torch.empty(requests, dtype=torch.int32, device=samples.device)
     following = torch.empty(requests, dtype=torch.int64, device=samples.device)

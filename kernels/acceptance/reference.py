@@ -35,12 +35,15 @@ def sample(
     return ids.expand_as(scores).masked_fill(scores != best[:, None], last).amin(dim=-1), best
 
 
-def accept(samples: torch.Tensor, row_tokens: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def accept(
+    samples: torch.Tensor, row_tokens: torch.Tensor, starts: torch.Tensor, *, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(accepted int32, next tokens int64), [requests] each.
 
     starts int32 [requests + 1]: request r verified rows starts[r] to before starts[r + 1], at least one; row_tokens
     int64 [rows]: what went into each (bonus token, then drafts); samples int64 [rows]: the target's token after each.
     A draft stands while it equals the sample before it; the next token is the sample after the last one that stands.
+    longest: upper bound of a request's rows, known to the host; has no effect here.
     """
     accepted, following = [], []
     bounds = starts.tolist()

@@ -272,7 +272,7 @@ def _accept(machine: Machine, requests: int, rows: int) -> Case:
     return Case(
         f"accept {requests} x {rows} rows",
         lambda: acceptance.accept(samples, tokens, starts, longest=rows),
-        lambda: acceptance_reference.accept(samples, tokens, starts),
+        lambda: acceptance_reference.accept(samples, tokens, starts, longest=rows),
         moved=16 * samples.numel(),
         tolerance=1e-12,
     )

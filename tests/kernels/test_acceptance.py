@@ -78,7 +78,7 @@ def test_drafts_stand_while_they_equal_the_targets_own_tokens():
     starts = torch.tensor([0, 4, 6, 7], dtype=torch.int32)
     want = [accepted_drafts(tokens[a:b].tolist(), samples.tolist(), a) for a, b in ((0, 4), (4, 6), (6, 7))]
     for accepted, following in (
-        reference.accept(samples, tokens, starts),
+        reference.accept(samples, tokens, starts, longest=4),
         kernel.accept(samples, tokens, starts, longest=4),
     ):
         assert accepted.tolist() == want == [2, 1, 0]
