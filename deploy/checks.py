@@ -53,6 +53,8 @@ def _directory(key: str, given: str) -> Path:
         raise ConfigError(f"{key} is {given!r}, but there is no directory {places}: give a checkpoint's directory")
     if not (found / "config.json").is_file():
         raise ConfigError(f"{key} is {given!r}, but {found} holds no config.json: give a checkpoint's directory")
+    if not any(found.glob("*.safetensors")):
+        raise ConfigError(f"{key} is {given!r}, but {found} holds no *.safetensors file: the weights are missing")
     return found.resolve()
 
 

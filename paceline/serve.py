@@ -160,11 +160,12 @@ def why(state: AppState) -> str:
 
 
 def _gist(message: str) -> str:
-    head, separator, trace = message.partition("Traceback (most recent call last)")
-    if not separator:
+    """A message as it is, or what a trace in it ends with: frames help only those who read the code."""
+    lines = [line for line in message.strip().splitlines() if line.strip()]
+    if not any(line.startswith(("  File ", "Traceback")) for line in lines):
         return message.strip()
-    last = [line for line in trace.splitlines() if line and not line.startswith((" ", "\t", "System error"))]
-    return f"{head.strip()} {last[-1] if last else ''} (the whole trace: --logs)"
+    ends = [line for line in lines[1:] if not line.startswith((" ", "Traceback", "System error"))]
+    return f"{lines[0]} {ends[-1] if ends else ''} (all of it: --logs)"
 
 
 def _report_changes(state: Callable[[], AppState]) -> None:

@@ -109,5 +109,5 @@ async def _awaitable(call: Any) -> Any:
 
 def _reason(error: ray.exceptions.RayError) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
-        return f"failed: {error.cause!r}" if error.cause is not None else f"failed: {error}"
+        return f"failed: {type(error.cause).__name__}: {error.cause}" if error.cause is not None else f"failed: {error}"
     return f"died ({type(error).__name__})"

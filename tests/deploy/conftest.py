@@ -1,4 +1,4 @@
-"""A pair of checkpoints as far as a deploy file's checks look at them: two config.json."""
+"""A pair of checkpoints as far as a deploy file's checks look at them: config.json and the weights' names."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def pair(tmp_path: Path) -> Path:
     for name, config in (("target", TARGET), ("drafter", DRAFTER)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").touch()
     return tmp_path
 
 

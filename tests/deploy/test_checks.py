@@ -36,6 +36,12 @@ def test_a_directory_without_config_is_no_checkpoint(arguments, pair):
     assert "holds no config.json" in refusal(arguments)
 
 
+def test_a_directory_without_weights_is_no_checkpoint(arguments, pair):
+    (pair / "target" / "model.safetensors").unlink()
+    assert "verifier.target is" in refusal(arguments)
+    assert "holds no *.safetensors file" in refusal(arguments)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "of_target"),
     [("hidden_size", 64, 32), ("vocab_size", 99, 100), ("num_target_layers", 6, 4)],

@@ -48,3 +48,10 @@ def test_the_examples_can_be_pasted():
 def test_a_failure_is_told_deployment_by_deployment():
     state = AppState("DEPLOY_FAILED", "", (DeploymentState("Verifier", "UNHEALTHY", 0, "no such file"),))
     assert why(state) == "Verifier is UNHEALTHY: no such file"
+
+
+def test_of_a_trace_only_the_last_line_is_told():
+    trace = 'It failed 3 times.\nray::Verifier (pid=1)\n  File "a.py", line 1\n    raise x\nConfigError: no weights'
+    state = AppState("DEPLOY_FAILED", "", (DeploymentState("Verifier", "DEPLOY_FAILED", 0, trace),))
+    assert why(state).startswith("Verifier is DEPLOY_FAILED: It failed 3 times. ConfigError: no weights")
+    assert "a.py" not in why(state)
