@@ -55,6 +55,7 @@ POLICY = (
     "paceline/bench/figures.py",
     "paceline/bench/loops.py",
     "paceline/bench/percentiles.py",
+    "verifier_service/control.py",
     "verifier_service/acceptance.py",
     "verifier_service/blocks.py",
     "verifier_service/config.py",

@@ -38,6 +38,9 @@ class SpeculationSettings(Strict):
     mode: Literal["disaggregated", "colocated", "none"] = "disaggregated"
     max_draft_tokens: int | None = Field(None, ge=0, description="None = block size - 1")
     soft_deadline_s: float = Field(0.25, gt=0, le=10)
+    adaptive: bool = Field(
+        True, description="choose the number of drafts from measured acceptance and step times; false = always the most"
+    )
 
 
 class VerifierSettings(Strict):

@@ -190,7 +190,9 @@ class Engine:
         self._forget([p.sequence for p in progress if p.finish is not None])
         drafting = self._collect()
         self._step_ended = time.monotonic()
-        self._tally.step(plan, progress, self._step_ended - began, forward, drafting)
+        seconds = self._step_ended - began
+        self._guarded(lambda: self._proposer.learn(progress, bool(plan.prefill), seconds - drafting))
+        self._tally.step(plan, progress, seconds, forward, drafting)
 
     def _beat(self) -> None:
         """An empty step, so that a rank that has died is noticed while nothing else happens."""

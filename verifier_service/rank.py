@@ -17,6 +17,7 @@ from cluster.link.face import VerifierLink
 from modeling.dflash import FeatureFuser
 from modeling.target_config import target_fingerprint
 from verifier_service.config import VerifierSettings
+from verifier_service.control import SpeculationControl
 from verifier_service.engine import Engine, follow
 from verifier_service.features import FeatureStore
 from verifier_service.fit import check_fit
@@ -129,6 +130,7 @@ def build_engine(
             verifier_id=engine_id,
             max_draft_tokens=settings.speculation.max_draft_tokens,
             soft_deadline_s=settings.speculation.soft_deadline_s,
+            control=SpeculationControl(block_size - 1) if settings.speculation.adaptive else None,
         )
     info = EngineInfo(
         engine_id=engine_id,

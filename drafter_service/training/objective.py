@@ -44,10 +44,19 @@ def sample_blocks(
 
 
 def block_hidden(
-    model: DFlashModel, embedding: torch.nn.Module, taps: Tensor, ids: Tensor, lengths: Tensor, anchors: Tensor
+    model: DFlashModel,
+    embedding: torch.nn.Module,
+    taps: Tensor,
+    ids: Tensor,
+    lengths: Tensor,
+    anchors: Tensor,
+    size: int = 0,
 ) -> Tensor:
-    """Hidden states of rows 1..B-1 of the block at every anchor: [N, A, B-1, hidden]. taps [N, T, taps x hidden]."""
-    size = model.dflash.block_size
+    """Hidden states of rows 1..B-1 of the block at every anchor: [N, A, B-1, hidden]. taps [N, T, taps x hidden].
+
+    size: rows of a block, the bonus token's included; 0 = the checkpoint's block size.
+    """
+    size = size or model.dflash.block_size
     rows, width = ids.shape
     device = taps.device
     context_positions = torch.arange(width, device=device).expand(rows, -1)
@@ -64,14 +73,28 @@ def block_hidden(
     return hidden.unflatten(1, (-1, size))[:, :, 1:].contiguous()  # a strided head GEMM would copy the weight per block
 
 
-def block_loss(logits: Tensor, blocks: Blocks, loss: str, gamma: float, alpha: float) -> tuple[Tensor, Tensor]:
+def teacher_rows(final: Tensor, blocks: Blocks) -> Tensor:
+    """The target's final states at the position before each label: [N, A, B-1, hidden]. final [N, T, hidden]."""
+    rows = blocks.labels.shape[2]
+    places = blocks.anchors[:, :, None] + torch.arange(rows)
+    places = places.clamp(max=final.shape[1] - 1).flatten(1).to(final.device)
+    picked = final.gather(1, places[:, :, None].expand(-1, -1, final.shape[2]))
+    return picked.unflatten(1, (-1, rows)).contiguous()
+
+
+def block_loss(
+    logits: Tensor, blocks: Blocks, loss: str, gamma: float, alpha: float, teacher: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(mean weighted cross-entropy, mean accepted length tau with the bonus) of logits [N, A, B-1, vocabulary].
 
     loss "decay": weight exp(-(k-1)/gamma) for row k. "dpace": weight (product of the probabilities of the labels before
-    row k, detached) ** alpha, so that a row counts as much as it is reached.
+    row k, detached) ** alpha, so that a row counts as much as it is reached. teacher: the target's logits for the same
+    rows; half of the loss is then the cross-entropy against its distribution, which says more than one token does.
     """
     labels, valid = blocks.labels.to(logits.device), blocks.valid.to(logits.device)
-    cross_entropy = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
+    scores = logits.float()
+    normal = scores.logsumexp(-1)
+    cross_entropy = normal - scores.gather(-1, labels[..., None])[..., 0]
     if loss == "decay":
         weight = torch.exp(-torch.arange(labels.shape[2], device=logits.device) / gamma).expand_as(cross_entropy)
     elif loss == "dpace":
@@ -80,8 +103,11 @@ def block_loss(logits: Tensor, blocks: Blocks, loss: str, gamma: float, alpha: f
     else:
         raise ValueError(f"loss {loss!r} is unknown: use 'decay' or 'dpace'")
     weight = weight * valid
+    if teacher is not None:
+        against_teacher = normal - (teacher.float().softmax(-1) * scores).sum(-1)
+        cross_entropy = 0.5 * (cross_entropy + against_teacher)
     mean = (weight * cross_entropy).sum() / weight.sum().clamp(min=1e-6)
-    right = (logits.argmax(-1) == labels) & valid
-    usable = valid[:, :, 0]
-    accepted = right.int().cumprod(2).sum(2)[usable].float()
+    with torch.no_grad():
+        right = (scores.argmax(-1) == labels) & valid
+        accepted = right.int().cumprod(2).sum(2)[valid[:, :, 0]].float()
     return mean, 1 + accepted.mean() if accepted.numel() else torch.ones(())

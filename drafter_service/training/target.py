@@ -32,11 +32,15 @@ class TrainingTarget:
         self.config = model.config.get_text_config()
         self.layers: nn.ModuleList = model.get_decoder().layers
 
-    @torch.no_grad()
     def taps(self, ids: Tensor, layer_ids: Sequence[int]) -> Tensor:
-        """Concatenated outputs of the tap layers, [N, T, taps x hidden], of right-padded token ids [N, T].
+        """`observe` without the final states."""
+        return self.observe(ids, layer_ids)[0]
 
-        Layers are causal, so that padding on the right changes nothing before it.
+    @torch.no_grad()
+    def observe(self, ids: Tensor, layer_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(concatenated outputs of the tap layers [N, T, taps x hidden], final states [N, T, hidden]) of ids [N, T].
+
+        Rows may be padded on the right: layers are causal, so that padding changes nothing before it.
         """
         kept: dict[int, Tensor] = {}
 
@@ -48,11 +52,11 @@ class TrainingTarget:
 
         hooks = [self.layers[i].register_forward_hook(keep(i)) for i in layer_ids]
         try:
-            self.model.get_decoder()(input_ids=ids, use_cache=False)
+            final = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat([kept[i] for i in layer_ids], dim=-1)
+        return torch.cat([kept[i] for i in layer_ids], dim=-1), final
 
     def continue_prompts(
         self, prompts: Sequence[Prompt], new_tokens: int, temperature: float, batch: int

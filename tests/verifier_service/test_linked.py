@@ -13,6 +13,7 @@ from cluster.contracts import SamplingParams
 from cluster.link.face import LinkState
 from cluster.link.messages import DraftAnswer, DraftAsk
 from tests.verifier_service.test_engine import MODEL, Inbox, expected, make_engine, request, running
+from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
 from verifier_service.proposers.linked import LinkProposer
 
@@ -168,6 +169,32 @@ def test_each_committed_tokens_features_are_sent_once_and_text_is_unchanged(runn
     assert counters["context_tokens"] == link.rows
     if right == 1.0:
         assert counters["accepted_tokens"] > 0.5 * counters["output_tokens"]
+
+
+def test_plain_steps_between_drafted_ones_change_no_text_and_what_they_left_out_is_sent_later(running):
+    class Moody(SpeculationControl):
+        """Any number of drafts at any step, plain decoding for half of them."""
+
+        mood = random.Random(3)
+
+        def choose(self, requests: int) -> int:
+            return self.mood.choice([0, 0, 0, 1, 2, 3])
+
+    class WholeLink(CheckedLink):
+        def draft(self, ask: DraftAsk) -> DraftAnswer:
+            assert sorted(self.contexts[ask.context_id]) == list(range(ask.base)), "a hole in the context"
+            return super().draft(ask)
+
+    link = WholeLink(right=1.0)
+    counters = drive(link, linked(link, control=Moody(BLOCK - 1)), running)
+    assert 0 < counters["drafted_tokens"] == counters["accepted_tokens"]
+    assert {ask.rows for ask in link.asked} <= {1, 2, 3}
+
+
+def test_a_control_learns_from_the_steps(running):
+    link, control = CheckedLink(right=1.0), SpeculationControl(BLOCK - 1)
+    drive(link, linked(link, control=control), running, names=2)
+    assert control.expected(BLOCK - 1) > 1.5
 
 
 def test_after_a_new_epoch_the_window_is_sent_again(running):

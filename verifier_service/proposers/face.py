@@ -40,6 +40,9 @@ class Proposer(Protocol):
         Returns the seconds of this step that went into drafting: asking (a colocated drafter works then) and waiting.
         """
 
+    def learn(self, progress: Sequence[Progress], prefilled: bool, seconds: float) -> None:
+        """What the step has shown: its outcome, whether it held prefill, its seconds without drafting."""
+
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """These requests are over."""
 

@@ -13,6 +13,7 @@ import torch
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAnswer, DraftAsk
+from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
 from verifier_service.proposers.face import ProposerState
 from verifier_service.proposers.patience import Patience
@@ -51,6 +52,7 @@ class LinkProposer:
     """A Proposer over a VerifierLink. Whatever the drafter does or fails to do costs speed only.
 
     window: features kept per request while no drafter has named its own. max_draft_tokens: None = block size - 1.
+    control: chooses how many drafts to ask for; None = always as many as allowed.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class LinkProposer:
         max_draft_tokens: int | None,
         soft_deadline_s: float,
         window: int = 4096,
+        control: SpeculationControl | None = None,
     ):
         self._link, self._fuser, self._store = link, fuser, store
         self._verifier_id = verifier_id
         self._max_draft_tokens = max_draft_tokens
         self._patience = Patience(soft_deadline_s)
         self._window = window
+        self._control = control
         self._epoch = 0
         self._contexts: dict[Key, _Context] = {}
         self._by_id: dict[str, _Context] = {}
@@ -90,12 +94,18 @@ class LinkProposer:
         contexts = self._contexts
         moved = [(contexts.get(p.sequence.key) or self._begin(p.sequence), p) for p in progress if p.finish is None]
         moved = [(context, p) for context, p in moved if context.limit > 0]
+        ready = [context for context, p in moved if p.token_ids]
+        most = self._most(state, len(ready))
+        resting = most == 0 and bool(ready)  # plain decoding: features go to the store only
         if taps is not None and moved:
-            self._take_features(moved, taps, state.linked)
+            self._take_features(moved, taps, state.linked and not resting)
         if not state.linked:
             return
+        if resting:
+            self._lagging.update(context for context, _ in moved)
+            return
         self._catch_up()
-        self._ask([context for context, p in moved if p.token_ids], state)
+        self._ask(ready, most)
 
     def collect(self) -> float:
         if self._late:
@@ -110,7 +120,20 @@ class LinkProposer:
             self._patience.kept()
         else:
             self._missed(asks, len(asks) - answered, now)
-        return self._asking_s + now - began
+        waited = self._asking_s + now - began
+        if self._control is not None:
+            self._control.waited(len(asks), waited)
+        return waited
+
+    def learn(self, progress: Sequence[Progress], prefilled: bool, seconds: float) -> None:
+        control = self._control
+        if control is None:
+            return
+        for p in progress:
+            if p.drafted:
+                control.verified(p.drafted, p.accepted)
+        if progress and not prefilled:  # every row is a verified one
+            control.step(len(progress), sum(p.drafted for p in progress), seconds)
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         gone = []
@@ -149,6 +172,8 @@ class LinkProposer:
             self._epoch = state.epoch
             self._window = state.window or self._window
             self._patience.renew()
+            if self._control is not None:
+                self._control.renew()
             for context in self._contexts.values():
                 self._restart(context)
         for context_id in self._link.evicted():
@@ -223,13 +248,19 @@ class LinkProposer:
 
     # Drafts.
 
-    def _ask(self, contexts: list[_Context], state: LinkState) -> None:
-        now = time.monotonic()
-        if not contexts or not self._patience.may_ask(now):
-            return
+    def _most(self, state: LinkState, requests: int) -> int:
+        """Drafts to ask for each of so many requests; 0 = plain decoding is the better choice."""
+        if not state.linked or not requests:
+            return 0
         most = state.block_size - 1
         if self._max_draft_tokens is not None:
             most = min(most, self._max_draft_tokens)
+        return most if self._control is None else min(most, self._control.choose(requests))
+
+    def _ask(self, contexts: list[_Context], most: int) -> None:
+        now = time.monotonic()
+        if not contexts or not self._patience.may_ask(now):
+            return
         for context in contexts:
             sequence = context.sequence
             rows = min(most, context.limit, sequence.remaining - 1)

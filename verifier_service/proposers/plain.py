@@ -21,6 +21,9 @@ class NoProposer:
     def collect(self) -> float:
         return 0.0
 
+    def learn(self, progress: Sequence[Progress], prefilled: bool, seconds: float) -> None:
+        """There is nothing to choose."""
+
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """Nothing is held."""
 

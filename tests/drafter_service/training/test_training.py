@@ -12,7 +12,7 @@ import torch
 from drafter_service.model import PADDING, DFlashModel
 from drafter_service.training import sequences
 from drafter_service.training.curves import draw
-from drafter_service.training.objective import Blocks, block_hidden, block_loss, sample_blocks
+from drafter_service.training.objective import Blocks, block_hidden, block_loss, sample_blocks, teacher_rows
 from drafter_service.training.sequences import TrainingSequence, cut_cycle
 from drafter_service.training.target import TrainingTarget
 from drafter_service.training.trainer import DraftShape, Recipe, Trainer, learning_rate, new_config
@@ -117,17 +117,35 @@ def test_dpace_weighs_a_row_by_how_likely_it_is_reached() -> None:
     assert tau == 1.0
 
 
+def test_a_teacher_that_agrees_with_the_drafter_asks_for_nothing_more() -> None:
+    scores = torch.tensor([[[[2.0, 1.0, 0.0, -1.0]]]], requires_grad=True)
+    blocks = Blocks(torch.zeros(1, 1).long(), torch.zeros(1, 1, 1).long(), torch.ones(1, 1, 1).bool())
+    same, _ = block_loss(scores, blocks, "dpace", 4.0, 0.5, teacher=scores.detach())
+    hard, _ = block_loss(scores, blocks, "dpace", 4.0, 0.5)
+    (toward_both,) = torch.autograd.grad(same, scores)
+    (toward_label,) = torch.autograd.grad(hard, scores)
+    assert torch.allclose(toward_both, 0.5 * toward_label, atol=1e-6)
+
+
+def test_the_teacher_of_a_label_is_the_targets_state_one_place_before_it() -> None:
+    final = torch.arange(12.0)[None, :, None].expand(1, 12, 2)
+    blocks = Blocks(torch.tensor([[4]]), torch.zeros(1, 1, 3).long(), torch.ones(1, 1, 3).bool())
+    assert teacher_rows(final, blocks)[0, 0, :, 0].tolist() == [4.0, 5.0, 6.0]
+
+
 def test_an_unknown_loss_is_named() -> None:
     blocks = Blocks(torch.zeros(1, 1).long(), torch.zeros(1, 1, 3).long(), torch.ones(1, 1, 3).bool())
     with pytest.raises(ValueError, match="'mse' is unknown"):
         block_loss(torch.zeros(1, 1, 3, 4), blocks, "mse", 4.0, 0.5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_learns_a_predictable_target_and_an_interrupted_run_ends_in_the_same_weights(
-    target: TrainingTarget, tmp_path: Path
+    target: TrainingTarget, tmp_path: Path, optimizer: str
 ) -> None:
     data, config = counting_sequences(40), new_config(target, SHAPE)
-    whole = Trainer(target, config, RECIPE, tmp_path / "whole")
+    recipe = replace(RECIPE, optimizer=optimizer, distill=optimizer == "muon", block_rows=3)
+    whole = Trainer(target, config, recipe, tmp_path / "whole")
     whole.run(data, lambda *_: None)
     assert whole.curve[-1].held_out_loss < whole.curve[0].held_out_loss
 
@@ -138,10 +156,10 @@ def test_training_learns_a_predictable_target_and_an_interrupted_run_ends_in_the
         if step == 9:
             raise Interrupted
 
-    first = Trainer(target, config, RECIPE, tmp_path / "halves")
+    first = Trainer(target, config, recipe, tmp_path / "halves")
     with pytest.raises(Interrupted):
         first.run(data, stop_after_nine)
-    second = Trainer(target, config, RECIPE, tmp_path / "halves")
+    second = Trainer(target, config, recipe, tmp_path / "halves")
     assert second.step == 8
     second.run(data, lambda *_: None)
     for name, weight in whole.model.state_dict().items():

@@ -1,0 +1,110 @@
+"""Speculation control against simulated machines and drafters: never much worse than plain, and near the best k."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verifier_service.control import SpeculationControl
+
+
+@dataclass
+class Machine:
+    """plain: seconds of a plain step; row: of each drafted token; wait: for drafts; right: P(draft i | before it)."""
+
+    plain: float
+    row: float
+    wait: float
+    right: float
+
+    def run(self, control: SpeculationControl, requests: int, steps: int, seed: int = 0) -> float:
+        """Tokens a second under the control."""
+        rng, drafts, tokens, seconds = random.Random(seed), 0, 0, 0.0
+        for _ in range(steps):
+            forward = (self.plain + self.row * drafts * requests) * rng.uniform(0.97, 1.03)
+            for _ in range(requests):
+                accepted = 0
+                while accepted < drafts and rng.random() < self.right:
+                    accepted += 1
+                tokens += 1 + accepted
+                if drafts:
+                    control.verified(drafts, accepted)
+            control.step(requests, drafts * requests, forward)
+            drafts = control.choose(requests)
+            wait = self.wait if drafts else 0.0
+            if drafts:
+                control.waited(requests, wait)
+            seconds += forward + wait
+        return tokens / seconds
+
+    def rate(self, drafts: int, requests: int) -> float:
+        expected = sum(self.right**i for i in range(drafts + 1))
+        return requests * expected / (self.plain + self.row * drafts * requests + (self.wait if drafts else 0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    row=st.floats(0.0, 0.12),
+    wait=st.floats(0.0, 1.5),
+    right=st.floats(0.0, 0.95),
+    requests=st.sampled_from([1, 4]),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_the_drafter_throughput_stays_within_two_percent_of_plain_decoding(row, wait, right, requests, seed):
+    machine = Machine(plain=1.0, row=row, wait=wait, right=right)
+    got = machine.run(SpeculationControl(7), requests, 4000, seed)
+    assert got >= 0.98 * 0.985 * machine.rate(0, requests)  # the second factor: noise of the simulated steps
+
+
+@pytest.mark.parametrize(
+    ("row", "wait", "right"), [(0.01, 0.1, 0.9), (0.05, 0.3, 0.7), (0.1, 0.2, 0.6), (0.0, 0.5, 0.5)]
+)
+@pytest.mark.parametrize("requests", [1, 4])
+def test_it_comes_close_to_the_best_fixed_number_of_drafts(row, wait, right, requests):
+    machine = Machine(plain=1.0, row=row, wait=wait, right=right)
+    best = max(machine.rate(k, requests) for k in range(8))
+    assert machine.run(SpeculationControl(7), requests, 2000) >= 0.9 * best
+
+
+def test_a_drafter_that_turns_bad_is_left_and_one_that_turns_good_is_found_again():
+    control = SpeculationControl(7)
+    good, bad = Machine(1.0, 0.02, 0.2, 0.85), Machine(1.0, 0.02, 0.2, 0.0)
+    assert good.run(control, 1, 500) > 1.5
+    bad.run(control, 1, 600)
+    assert bad.run(control, 1, 200) > 0.95
+    good.run(control, 1, 3000)
+    assert good.run(control, 1, 500) > 1.5
+
+
+def test_a_new_drafter_gets_its_chance_at_once():
+    control = SpeculationControl(7)
+    Machine(1.0, 0.02, 0.2, 0.0).run(control, 1, 300)
+    assert control.choose(1) == 0
+    control.renew()
+    assert control.choose(1) == 7
+
+
+def test_unverified_positions_are_censored_not_rejected():
+    control = SpeculationControl(4)
+    for _ in range(50):
+        control.verified(4, 4)
+    before = control.expected(4)
+    for _ in range(50):
+        control.verified(2, 2)
+    assert control.expected(4) == before == pytest.approx(5.0)
+    control.verified(4, 1)
+    assert control.expected(1) == pytest.approx(2.0)
+    assert control.expected(2) < 3.0
+
+
+def test_plain_decoding_is_measured_before_the_first_drafts_and_batch_sizes_do_not_mix():
+    control = SpeculationControl(7)
+    assert [control.choose(1) for _ in range(3)] == [0, 0, 0]
+    for _ in range(3):
+        control.step(1, 0, 1.0)
+    assert control.choose(1) == 7
+    assert control.choose(9) == 0

@@ -1,0 +1,147 @@
+"""How many draft tokens to ask for: pure policy on plain values, no torch.
+
+Maximises expected committed tokens a second. For n requests that ask for k drafts each, a step is expected to commit
+n x (1 + sum over i <= k of the chance that the first i drafts are all accepted) tokens, and to take
+
+    plain(n) + k x n x row(n) + wait(n)         (wait only if k > 0)
+
+seconds, all measured here on the steps themselves; k = 0 is plain decoding and one of the choices. Positions beyond the
+verified k are censored, not rejected. What is not measured any more grows stale, so both ways are probed now and then;
+a probe that keeps losing comes at doubling distances, which bounds what a bad drafter can cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+COST_WEIGHT = 0.1  # of a new sample of seconds, once there are ten
+ACCEPTED_WEIGHT = 0.02  # of a new sample of acceptance, once there are fifty: single rows say little
+WORTH = 1.03  # drafting has to promise this much over plain decoding: estimates err
+PLAIN_FIRST = 3  # plain steps measured before the first drafts of a batch size are asked for
+PLAIN_EVERY = 64  # drafted steps between two plain ones
+PROBE_ROWS, PROBE_LEAST = 24, 4  # a probe lasts until so many rows are verified, and so many steps at least
+FIRST_PAUSE, LONGEST_PAUSE = 256, 4096  # plain steps between two probes
+PROBE_SHARE = 0.01  # of the time may go into probes that lose
+FULL_EVERY = 24  # drafted steps between two that ask for all rows, so that far positions stay known
+
+
+@dataclass(slots=True)
+class Mean:
+    """Running mean that forgets: exact over the first samples, exponential with `weight` later."""
+
+    weight: float = COST_WEIGHT
+    value: float = 0.0
+    samples: int = 0
+
+    def add(self, sample: float) -> None:
+        self.samples += 1
+        self.value += max(self.weight, 1 / self.samples) * (sample - self.value)
+
+
+@dataclass(slots=True)
+class _Costs:
+    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts."""
+
+    plain: Mean = field(default_factory=Mean)
+    row: Mean = field(default_factory=Mean)
+    wait: Mean = field(default_factory=Mean)
+    since_plain: int = 0
+    since_full: int = 0
+    paused: int = 0  # plain steps left before the next probe
+    pause: int = FIRST_PAUSE
+    probing: int = 0  # drafted steps left whatever they cost
+
+
+class SpeculationControl:
+    """One engine's choice of k, by batch size (requests rounded up to a power of two). most: block size - 1."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(most)]  # P(draft i accepted | all before it accepted)
+        self._costs: dict[int, _Costs] = {}
+
+    def choose(self, requests: int) -> int:
+        """Drafts to ask for each request of the next step; 0 = none. Call once a step."""
+        costs = self._of(requests)
+        if costs.plain.samples < PLAIN_FIRST:
+            return 0
+        if costs.probing > 0:
+            costs.probing -= 1
+            return self.most
+        if costs.paused > 0:
+            costs.paused -= 1
+            if costs.paused == 0:
+                costs.probing = _probe_steps(requests)
+            return 0
+        best = self._best(costs, requests)
+        if best == 0:
+            costs.paused = max(costs.pause, self._affordable(costs, requests))
+            costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
+            return 0
+        costs.pause = FIRST_PAUSE
+        costs.since_plain += 1
+        if costs.since_plain >= PLAIN_EVERY:
+            costs.since_plain = 0
+            return 0
+        costs.since_full += 1
+        if costs.since_full >= FULL_EVERY:
+            costs.since_full = 0
+            return self.most
+        return best
+
+    def step(self, requests: int, drafted: int, seconds: float) -> None:
+        """A step without prefill: `requests` rows with `drafted` drafts in all took `seconds`, waits left out."""
+        costs = self._of(requests)
+        if drafted == 0:
+            costs.plain.add(seconds)
+        elif costs.plain.samples:
+            costs.row.add((seconds - costs.plain.value) / drafted)
+
+    def waited(self, requests: int, seconds: float) -> None:
+        """Asking for drafts for `requests` and waiting for them took `seconds`."""
+        self._of(requests).wait.add(seconds)
+
+    def verified(self, drafted: int, accepted: int) -> None:
+        """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known."""
+        for position in range(min(accepted + 1, drafted, self.most)):
+            self._reached[position].add(float(position < accepted))
+
+    def renew(self) -> None:
+        """Another drafter: nothing is held against it."""
+        self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(self.most)]
+        for costs in self._costs.values():
+            costs.paused, costs.pause, costs.probing = 0, FIRST_PAUSE, PROBE_ROWS
+
+    def expected(self, drafts: int) -> float:
+        """Tokens that a row with so many drafts is expected to commit."""
+        total = survival = 1.0
+        for position in range(drafts):
+            survival *= self._reached[position].value
+            total += survival
+        return total
+
+    def _best(self, costs: _Costs, requests: int) -> int:
+        best, rate = 0, WORTH / max(costs.plain.value, 1e-9)
+        for drafts in range(1, self.most + 1):
+            promised = self.expected(drafts) / self._seconds(costs, requests, drafts)
+            if promised > rate:
+                best, rate = drafts, promised
+        return best
+
+    def _affordable(self, costs: _Costs, requests: int) -> int:
+        """Plain steps after which a probe like the last costs no more than its share of the time."""
+        wasted = self._seconds(costs, requests, self.most) - self.expected(self.most) * costs.plain.value
+        return int(_probe_steps(requests) * max(0.0, wasted) / (PROBE_SHARE * max(costs.plain.value, 1e-9)))
+
+    def _seconds(self, costs: _Costs, requests: int, drafts: int) -> float:
+        return max(1e-9, costs.plain.value + max(0.0, drafts * requests * costs.row.value) + costs.wait.value)
+
+    def _of(self, requests: int) -> _Costs:
+        size = 1 << max(0, requests - 1).bit_length()
+        if size not in self._costs:
+            self._costs[size] = _Costs(probing=_probe_steps(requests))
+        return self._costs[size]
+
+
+def _probe_steps(requests: int) -> int:
+    return max(PROBE_LEAST, PROBE_ROWS // max(1, requests))
