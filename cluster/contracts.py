@@ -1,6 +1,6 @@
 """Values that cross from a router to a verifier's engine and back, as msgspec structs: one layout for both ends.
 
-No torch, no Ray. Every message on the engine port is one member of `ToEngine` or `FromEngine`, framed by `cluster.wire`.
+No torch, no Ray. Every message on the engine port is a member of `ToEngine` or `FromEngine`, framed by `cluster.wire`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Delta(msgspec.Struct, frozen=True):
     """What one step committed for one request. finish: "stop" | "length" | "abort" | "deadline" | "error".
 
     A stop token is part of token_ids. accepted: how many of token_ids were drafts; drafted: how many were verified.
-    error: for a person; error_kind says who can act: "request" (the client), "overloaded" (later), "engine" (elsewhere).
+    error: for a person; error_kind: who can act: "request" (the client), "overloaded" (later), "engine" (elsewhere).
     """
 
     request_id: str

@@ -252,15 +252,15 @@ class Trainer:
         self.curve = [Progress(**point) for point in state["curve"]]
 
 
-def optimizers(recipe: Recipe, matrices: list[Tensor], vectors: list[Tensor]) -> list[torch.optim.Optimizer]:
+def optimizers(recipe: Recipe, matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[torch.optim.Optimizer]:
     """The recipe's optimizer for matrices, AdamW without decay for vectors. Raises ValueError for an unknown one."""
     betas = (0.9, 0.95)
     rest = torch.optim.AdamW(vectors, lr=recipe.learning_rate, betas=betas, weight_decay=0.0)
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(matrices, lr=recipe.learning_rate, betas=betas, weight_decay=0.01), rest]
     if recipe.optimizer == "muon":
-        fitted = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.01}
-        return [torch.optim.Muon(matrices, lr=recipe.learning_rate, **fitted), rest]
+        rate = recipe.learning_rate
+        return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), rest]
     raise ValueError(f"optimizer {recipe.optimizer!r} is unknown: use 'adamw' or 'muon'")
 
 

@@ -17,6 +17,7 @@ def test_a_fitting_pair_passes_with_absolute_paths(arguments, pair, monkeypatch)
     monkeypatch.chdir(pair)
     arguments["verifier"]["target"], arguments["drafter"]["checkpoint"] = "target", "drafter"
     app = checked(Application.model_validate(arguments))
+    assert app.drafter is not None
     assert app.verifier.target == app.drafter.target == str(pair / "target")
     assert app.verifier.drafter == app.drafter.checkpoint == str(pair / "drafter")
 

@@ -14,6 +14,7 @@ def problems(arguments) -> str:
 def test_each_fact_is_written_once_and_reaches_both_services(arguments):
     arguments["verifier"]["link"] = {"token": "secret", "heartbeat_s": 0.2}
     app = Application.model_validate(arguments)
+    assert app.drafter is not None
     assert app.drafter.target == app.verifier.target
     assert app.verifier.drafter == app.drafter.checkpoint
     assert (app.drafter.token, app.drafter.heartbeat_s) == ("secret", 0.2)
