@@ -4,9 +4,8 @@
         --prompts build/prompts/held-out-code.jsonl
 
 tau = tokens per target step (accepted + bonus). Because output does not depend on drafting, the target writes its text
-first and the drafter's blocks are then compared along it: the same figure as serving gives. Tokens inside a repeated
-cycle (period <= 16, three times) are left out of "tau outside loops" and reported as the loop share. Small models loop,
-and loops flatter tau.
+first and the drafter's blocks are then compared along it: the same figure as serving gives. Steps that begin inside a
+repeated cycle (`paceline.bench.loops`) are left out of "tau outside loops"; loop_share is their share of the tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from drafter_service.model import DFlashModel
 from drafter_service.training import sequences
 from drafter_service.training.objective import block_hidden
 from drafter_service.training.target import TrainingTarget
+from paceline.bench.loops import in_loops
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def measure(
         ids = torch.tensor([prompt.ids for prompt in group])
         for row in target.generate(ids, new_tokens, temperature):
             end = target.end_of_answer(row, length)
-            loop = sequences.cut_cycle(row[:end], length)
+            looping = in_loops(row[length:end])
             accepted = drafts_accepted(target, drafter, row[:end], length)
             position = length
             while position < end - 1:
                 taken = min(accepted[position - length] + 1, end - 1 - position)
-                outside = position < loop
+                outside = not looping[position - length]
                 counts[0] += outside
                 counts[1] += taken * outside
                 counts[2] += 1

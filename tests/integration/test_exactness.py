@@ -65,8 +65,10 @@ def answers(app: Served, requests: Sequence[EngineRequest]) -> list[Answer]:
             drafted += delta.drafted
         return Answer(tuple(tokens), accepted, drafted)
 
+    (address,) = app.verifiers()
+
     async def run() -> list[Answer]:
-        engine = await EngineClient.connect(app.verifiers()[0], 5.0)
+        engine = await EngineClient.connect(address, 5.0)
         try:
             async with asyncio.timeout(240):
                 return await asyncio.gather(*(one(engine, request) for request in requests))
