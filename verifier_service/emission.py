@@ -12,6 +12,9 @@ from verifier_service.sequence import Progress
 
 Sink = Callable[[list[Delta]], None]
 
+# Without an error_kind: on another engine the same input would most likely end the same way.
+NOT_FINITE = "the model's logits for this request are not finite numbers: its weights or dtype do not suit the input"
+
 
 def error_delta(request: EngineRequest, why: str, kind: str) -> Delta:
     """kind: as Delta.error_kind."""
@@ -38,6 +41,7 @@ class Emission:
                 p.drafted,
                 None if wanted is None else _logprobs(p, logits, wanted),
                 p.finish,
+                NOT_FINITE if p.finish == "error" else None,
             )
             deltas = by_sink.get(sequence.sink)
             if deltas is None:
@@ -49,5 +53,7 @@ class Emission:
 
 
 def _logprobs(progress: Progress, logits: torch.Tensor, top: int) -> tuple[TokenLogprobs, ...]:
+    if not progress.token_ids:
+        return ()
     rows = range(progress.logit_row, progress.logit_row + len(progress.token_ids))
     return tuple(logprobs(logits, rows, progress.token_ids, top))

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from cluster.contracts import SamplingParams, TokenLogprobs
+from verifier_service.sequence import GREEDY_BELOW
 
 CANDIDATES = 256  # truncation is decided among the most probable tokens where they settle it, else by a full sort
+NO_TOKEN = -1  # the logits of a row hold NaN or +inf, or nothing above -inf: the model said nothing
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
 
@@ -32,15 +34,15 @@ class Draw:
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
-    """A token for each row of logits (float32 [rows, vocabulary]): greedy, except for the rows of `draws`."""
-    if not draws:
-        return logits.argmax(dim=-1).tolist()
-    rows, sampled = _sample_rows(logits, draws)
-    if len(rows) == logits.shape[0]:
-        tokens = torch.empty_like(sampled)
-    else:
-        tokens = logits.argmax(dim=-1)
-    return tokens.index_copy_(0, rows, sampled).tolist()
+    """A token for each row of logits (float32 [rows, vocabulary]): greedy, except for the rows of `draws`.
+
+    NO_TOKEN where the logits are not finite; such a row changes no other.
+    """
+    tokens = logits.argmax(dim=-1)  # NaN counts as the largest
+    broken = ~logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    if draws:
+        tokens.index_copy_(0, *_sample_rows(logits, draws))
+    return tokens.masked_fill_(broken, NO_TOKEN).tolist()
 
 
 def logprobs(logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
@@ -101,7 +103,7 @@ def _sample_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Ten
     )
     wanted = _Rows(
         keys.to(device),
-        spread([draw.params.temperature for draw in draws], torch.float64).to(device),
+        spread([max(draw.params.temperature, GREEDY_BELOW) for draw in draws], torch.float64).to(device),
         spread([draw.params.top_p for draw in draws], torch.float64).to(device),
         spread([draw.params.top_k for draw in draws]).to(device),
     )
@@ -144,7 +146,8 @@ def _from_candidates(logits: torch.Tensor, rows: _Rows, count: int) -> tuple[tor
     values = best.to(torch.float64).div_(rows.temperature[:, None])
     has_k = (rows.top_k > 0)[:, None]
     kth = torch.where(rows.top_k > 0, rows.top_k.clamp(max=count), count) - 1
-    kept = values >= values.gather(1, kth[:, None])
+    kth_value = values.gather(1, kth[:, None])
+    kept = values >= kth_value
     norm = values.masked_fill(~kept, -torch.inf).logsumexp(dim=-1, keepdim=True)
     if not bool(has_k.all()):
         everything = (logits / rows.temperature[:, None]).logsumexp(dim=-1, keepdim=True)
@@ -154,8 +157,9 @@ def _from_candidates(logits: torch.Tensor, rows: _Rows, count: int) -> tuple[tor
     kept &= (before < rows.top_p[:, None]) | (rows.top_p >= 1.0)[:, None]
     threshold = values.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
     kept = values >= threshold
-    settled = values[:, -1] < threshold[:, 0]
-    longest = int(kept.sum(dim=-1).max())
+    least = values[:, -1:]
+    settled = ((least < threshold) & ((least < kth_value) | ~has_k))[:, 0]  # else the norm may lack some of top_k
+    longest = max(1, int(kept.sum(dim=-1).max()))  # of logits that are not finite none may be kept
     values, ids, kept = values[:, :longest], ids[:, :longest], kept[:, :longest]
     winner = _race(values, ids, rows.keys).masked_fill_(~kept, -torch.inf).argmax(dim=-1, keepdim=True)
     return ids.gather(1, winner)[:, 0], settled | (count == logits.shape[1])

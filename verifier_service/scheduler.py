@@ -144,7 +144,10 @@ class Scheduler:
         return found
 
     def commit(self, samples: Sequence[int]) -> list[Progress]:
-        """Apply the planned step's outcome. samples: the target's own token for each row of its logits, in order."""
+        """Apply the planned step's outcome. samples: the target's own token for each row of its logits, in order.
+
+        A negative sample stands for no token at all: its request finishes with "error".
+        """
         done: list[Progress] = []
         row = logit_row = 0
         still_prefilling = True
@@ -233,7 +236,7 @@ class Scheduler:
         sequence.computed += kept
         self._decided.append((work.slot, kept))
         self._extend(progress, samples[logit_row : logit_row + kept])
-        progress.accepted = min(accepted, len(progress.token_ids))
+        progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
         return progress
 
     def _extend(self, progress: Progress, tokens: Sequence[int]) -> None:
@@ -243,6 +246,9 @@ class Scheduler:
             tokens, sequence.generated, request.stop_token_ids, request.min_new_tokens, request.max_new_tokens
         )
         progress.token_ids = list(tokens[:count])
+        if progress.token_ids[-1] < 0:  # drafts are never negative, so that it can only be the last
+            progress.token_ids.pop()
+            progress.finish = "error"
         sequence.tokens.extend(progress.token_ids)
 
     # Prefill.

@@ -9,6 +9,8 @@ from cluster.contracts import EngineRequest
 
 Key = tuple[str, int]
 
+GREEDY_BELOW = 1e-5  # a temperature below it is 0: scaled logits would lie beyond any random number
+
 
 def key_of(request: EngineRequest) -> Key:
     return request.request_id, request.choice
@@ -39,7 +41,7 @@ class RunningRequest:
     def __post_init__(self) -> None:
         self.key = key_of(self.request)
         self.prompt_tokens = len(self.request.prompt_ids)
-        self.greedy = self.request.sampling.temperature == 0
+        self.greedy = self.request.sampling.temperature < GREEDY_BELOW
         self.tokens = [*self.request.prompt_ids, *self.request.generated_ids]
 
     @property
@@ -57,7 +59,8 @@ class Progress:
 
     row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
     logit_row: row of the logits that token_ids[0] was sampled from. token_ids: new output (none in a prefill that goes
-    on). drafted: how many drafts were verified; accepted: how many of token_ids were drafts. finish: as in Delta.
+    on). drafted: how many drafts were verified; matched: how many of them the target would have said itself; accepted:
+    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. finish: as in Delta.
     """
 
     sequence: RunningRequest
@@ -67,5 +70,6 @@ class Progress:
     logit_row: int = -1
     token_ids: list[int] = field(default_factory=list)
     drafted: int = 0
+    matched: int = 0
     accepted: int = 0
     finish: str | None = None

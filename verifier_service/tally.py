@@ -19,7 +19,7 @@ class Tally:
         self._verify_rows = self._prefill_tokens = 0
         self._output = self._drafted = self._accepted = 0
         self._step_s = self._forward_s = self._wait_s = 0.0
-        self._finished = {"stop": 0, "length": 0, "abort": 0, "deadline": 0}
+        self._finished = {"stop": 0, "length": 0, "abort": 0, "deadline": 0, "error": 0}
 
     def step(
         self, plan: StepPlan, progress: Sequence[Progress], step_s: float, forward_s: float, wait_s: float

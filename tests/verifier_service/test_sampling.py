@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.contracts import SamplingParams
-from verifier_service.sampling import CANDIDATES, Draw, logprobs, row_keys, sample, uniform
+from verifier_service.sampling import CANDIDATES, NO_TOKEN, Draw, logprobs, row_keys, sample, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5])
 DRAWS = 20_000
@@ -57,6 +57,41 @@ def test_equal_logits_are_kept_or_cut_together():
     flat = torch.zeros(6)
     assert (counts_over_positions(flat, top_k=2) > 0).all()
     assert (counts_over_positions(flat, top_p=0.1) > 0).all()
+
+
+@pytest.mark.parametrize("logits", [torch.linspace(0.5, 0.0, 1200), torch.tensor([5.0] + [0.0] * 1199)])
+@pytest.mark.parametrize("top_k", [100, CANDIDATES, 1000])
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_top_k_beyond_the_candidates_or_in_a_tie_keeps_what_a_full_sort_keeps(logits, top_k: int, top_p: float):
+    least_of_k = logits.sort(descending=True).values[top_k - 1]
+    p = logits.double().masked_fill(logits < least_of_k, -torch.inf).softmax(-1).sort(descending=True).values
+    count = int((p.cumsum(-1) - p < top_p).sum())
+    kept = logits >= logits.sort(descending=True).values[count - 1]
+    draws = 3000
+    tokens = sample(logits.expand(draws, -1), [draw(0, draws, top_k=top_k, top_p=top_p)])
+    drawn = torch.bincount(torch.tensor(tokens), minlength=len(logits)) > 0
+    assert not (drawn & ~kept).any()
+    assert drawn.sum() > 0.75 * kept.sum()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 300, "top_p": 0.9}, {"temperature": 1e-30, "top_p": 0.5}]
+)
+def test_logits_that_are_not_finite_give_no_token_and_change_no_other_row(bad: float, params: dict):
+    logits = torch.randn(12, 4 * CANDIDATES, generator=torch.Generator().manual_seed(1))
+    draws = [draw(row, 2, **params) for row in range(0, 8, 2)]
+    clean = sample(logits, draws)
+    logits[3, 17], logits[9, 5], logits[10] = bad, bad, -torch.inf
+    tokens = sample(logits, draws)
+    assert [row for row, token in enumerate(tokens) if token == NO_TOKEN] == [3, 9, 10]
+    assert all(token == clean[row] for row, token in enumerate(tokens) if token != NO_TOKEN)
+
+
+def test_a_masked_token_leaves_the_others_as_they_are():
+    masked = LOGITS.clone()
+    masked[0] = -torch.inf
+    assert set(sample(masked.expand(500, -1), [draw(0, 500)])) == set(range(1, 8))
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 900, "top_p": 0.95}, {"top_p": 0.999}])

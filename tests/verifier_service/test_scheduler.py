@@ -59,6 +59,19 @@ class Loop:
         raise AssertionError(f"still {len(self.scheduler)} requests after {steps} steps")
 
 
+def test_matched_counts_drafts_that_a_stop_token_cut_off():
+    loop = Loop()
+    wanted = request("a")
+    text = MODEL.greedy(wanted.prompt_ids, 8)
+    assert text[2] not in text[:2]
+    loop.add(request("a", stop_token_ids=frozenset({text[2]})))
+    loop.step()
+    loop.scheduler.requests()[0].drafts = tuple(text[1:6])
+    (progress,) = loop.step()
+    assert (progress.drafted, progress.matched, progress.accepted) == (5, 5, 2)
+    assert (progress.token_ids, progress.finish) == (text[1:3], "stop")
+
+
 class RandomEvents(RuleBasedStateMachine):
     """Requests come, step with drafts of any quality, and are aborted at any moment."""
 
