@@ -6,6 +6,8 @@ import heapq
 
 from verifier_service.sequence import Key
 
+SPARE = 64  # entries of forgotten keys that are not worth a rebuild
+
 
 class Deadlines:
     """Unix seconds by request; asking costs nothing while none has passed."""
@@ -19,8 +21,11 @@ class Deadlines:
         heapq.heappush(self._heap, (deadline, key))
 
     def forget(self, key: Key) -> None:
-        """Unknown keys are ignored. The heap drops its entry when it comes up."""
+        """Unknown keys are ignored. The heap keeps the entry until it comes up, or until most of them are such."""
         self._by_key.pop(key, None)
+        if len(self._heap) > 2 * len(self._by_key) + SPARE:
+            self._heap = [(deadline, key) for key, deadline in self._by_key.items()]
+            heapq.heapify(self._heap)
 
     def passed(self, now: float) -> list[Key]:
         """Keys whose time is over, each once."""

@@ -33,6 +33,9 @@ from verifier_service.validation import RequestLimits, problem
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+SPARE_COMMANDS = 64  # a step's worth beyond what can wait and run
+STOP_DRAFTING_S = 5.0
+MAX_SOFT_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Engine:
         self._emission = Emission()
         self._deadlines = Deadlines()
         self._tally = Tally()
+        self._max_commands = limits.max_waiting + limits.slots + SPARE_COMMANDS
         self._commands: deque[_Start | _Abort | _Drop] = deque()
         self._arrived = threading.Condition(threading.Lock())
         self._stopping = False
@@ -99,7 +103,10 @@ class Engine:
 
         Whatever is wrong with a request is told by a Delta with finish "error": nothing is raised.
         """
-        if not self._command(_Start(request, sink)):
+        if len(self._commands) >= self._max_commands:
+            why = f"{self._max_commands} requests came within one step, which is the limit: try again later"
+            sink([error_delta(request, why, "overloaded")])
+        elif not self._command(_Start(request, sink)):
             sink([error_delta(request, "the engine has stopped: send the request elsewhere", "engine")])
 
     def abort(self, request_id: str, choice: int = 0, sink: Sink | None = None) -> None:
@@ -114,7 +121,15 @@ class Engine:
         self._command(_Drop(sink))
 
     def configure(self, settings: Configure) -> None:
-        self._proposer.configure(settings.max_draft_tokens, settings.soft_deadline_s)
+        """A value that cannot be leaves its setting as it is, which the log tells."""
+        drafts, deadline_s = settings.max_draft_tokens, settings.soft_deadline_s
+        if drafts is not None and drafts < 0:
+            log.warning("max_draft_tokens %d is ignored: 0 is plain decoding, otherwise at least 1", drafts)
+            drafts = None
+        if deadline_s is not None and not 0 < deadline_s <= MAX_SOFT_DEADLINE_S:
+            log.warning("soft_deadline_s %s is ignored: it is above 0, at most %g s", deadline_s, MAX_SOFT_DEADLINE_S)
+            deadline_s = None
+        self._proposer.configure(drafts, deadline_s)
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         self._proposer.set_drafters(addresses)
@@ -219,7 +234,7 @@ class Engine:
             return True
 
     def _take_commands(self) -> None:
-        while self._commands:
+        for _ in range(len(self._commands)):  # those that come meanwhile wait for the next step
             match self._commands.popleft():
                 case _Start(request, sink):
                     self._admit(request, sink)
@@ -270,7 +285,8 @@ class Engine:
             by_sink.setdefault(sink, []).append(error_delta(request, why, "engine"))
         for sink, deltas in by_sink.items():
             sink(deltas)
-        self._guarded(self._proposer.stop)
+        self._ended.set()
+        self._stop_drafting(self._proposer).join(STOP_DRAFTING_S)
 
     # Drafting can cost speed, never a request: what fails in it ends drafting and nothing else.
 
@@ -301,7 +317,13 @@ class Engine:
             log.exception("drafting failed in step %d; decoding plainly from here on", self._scheduler.step)
             failed, self._proposer = self._proposer, NoProposer()
             self._runner.set_taps(())
-            threading.Thread(target=failed.stop, name="stop-drafting", daemon=True).start()
+            self._stop_drafting(failed)
+
+    def _stop_drafting(self, proposer: Proposer) -> threading.Thread:
+        """On a thread of its own: a drafter that does not answer must hold up neither the steps nor the end."""
+        thread = threading.Thread(target=proposer.stop, name="stop-drafting", daemon=True)
+        thread.start()
+        return thread
 
 
 def follow(runner: Runner, channel: PlanChannel) -> None:

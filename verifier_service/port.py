@@ -1,6 +1,7 @@
 """The engine port: clients (routers, the front, the bench) talk to rank 0 over TCP, frames of cluster.wire.
 
-An asyncio loop in one background thread serves all connections. Deltas leave in one message per step and connection.
+An asyncio loop in one background thread serves all connections. Deltas leave in one message per step and connection,
+in several if it would be too long.
 A connection that closes takes its requests with it; one that does not read is dropped before it fills the memory; bytes
 that are no frame of ours end their connection and nothing else.
 """
@@ -158,13 +159,24 @@ class _Connection:
     def _send(self, message: FromEngine) -> None:
         if self._closed or self._writer.transport.is_closing():
             return
-        try:
-            self._writer.write(self._codec.pack(message))
-        except ProtocolError:
-            log.exception("a %s for %s could not be sent; its connection is closed", type(message).__name__, self._peer)
-            self._writer.transport.abort()
-            return
-        unread = self._writer.transport.get_write_buffer_size()
+        unread = self._writer.transport.get_write_buffer_size()  # before this message: it alone may be a long one
         if unread > self._max_unread_bytes:
             log.warning("a client at %s has %d bytes unread; its connection is dropped", self._peer, unread)
             self._writer.transport.abort()
+            return
+        try:
+            self._writer.writelines(self._frames(message))
+        except ProtocolError:
+            log.exception("a %s for %s could not be sent; its connection is closed", type(message).__name__, self._peer)
+            self._writer.transport.abort()
+
+    def _frames(self, message: FromEngine) -> list[bytes]:
+        """One frame, or as many as it takes for Deltas that are too long for one. Raises ProtocolError."""
+        try:
+            return [self._codec.pack(message)]
+        except ProtocolError:
+            if not isinstance(message, Deltas) or len(message.deltas) < 2:
+                raise
+            middle = len(message.deltas) // 2
+            halves = message.deltas[:middle], message.deltas[middle:]
+            return [frame for half in halves for frame in self._frames(Deltas(half))]

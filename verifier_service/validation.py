@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from cluster.contracts import EngineRequest
 
 MAX_LOGPROBS = 20
+MAX_REQUEST_ID = 256  # characters
+INT32 = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ def problem(request: EngineRequest, limits: RequestLimits) -> str | None:
 def _ids(request: EngineRequest, limits: RequestLimits) -> str | None:
     if not request.request_id:
         return "request_id is empty: give every request its own"
-    if request.choice < 0:
-        return f"choice is {request.choice}: it counts from 0"
+    if len(request.request_id) > MAX_REQUEST_ID:
+        return f"request_id has {len(request.request_id)} characters: at most {MAX_REQUEST_ID} are possible"
+    if not 0 <= request.choice < INT32:
+        return f"choice is {request.choice}: it counts from 0, up to {INT32 - 1}"
     if not request.prompt_ids:
         return "prompt_ids is empty: a prompt needs at least one token"
     for name, ids in (("prompt_ids", request.prompt_ids), ("generated_ids", request.generated_ids)):
@@ -63,8 +67,8 @@ def _sampling(request: EngineRequest) -> str | None:
         return f"sampling.temperature is {params.temperature}: it must be 0 (greedy) or a finite number above"
     if not 0 < params.top_p <= 1:
         return f"sampling.top_p is {params.top_p}: it must be above 0 and at most 1"
-    if params.top_k < 0:
-        return f"sampling.top_k is {params.top_k}: 0 is off, otherwise at least 1"
+    if not 0 <= params.top_k < INT32:
+        return f"sampling.top_k is {params.top_k}: 0 is off, otherwise it must be in 1..{INT32 - 1}"
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         return f"sampling.logprobs is {params.logprobs}: it must be in 0..{MAX_LOGPROBS}"
     if request.deadline is not None and not math.isfinite(request.deadline):

@@ -13,6 +13,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
 INT64 = 1 << 63
+INT32 = 1 << 31
 
 
 class Strict(BaseModel):
@@ -47,10 +48,10 @@ class SamplingFields(Strict):
     stop: tuple[str, ...] = ()
     max_tokens: int | None = Field(None, ge=1)
     # Extensions:
-    top_k: int = Field(0, ge=-1, description="0 or -1 = off")
+    top_k: int = Field(0, ge=-1, lt=INT32, description="0 or -1 = off")
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=INT32)]] = []
     max_draft_tokens: int | None = Field(None, ge=0, le=1024)
     speculation: Speculation = Speculation()
 

@@ -10,6 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from cluster.link.messages import DraftAnswer, DraftAsk
 
+# What a drafter gone mad may make the host keep; a context that was appended to but never asked can be evicted too.
+MAX_EVICTED = 1 << 14
+MAX_CONTEXT_ID = 1024  # characters
+
 
 class AnswerBook:
     """Thread-safe. One open ask a context: a newer ask of the same context replaces the older one.
@@ -28,7 +32,7 @@ class AnswerBook:
         self._answers: dict[str, DraftAnswer] = {}
         self._awaited: set[str] = set()
         self._waiting = False
-        self._evicted: list[str] = []
+        self._evicted: dict[str, None] = {}  # a set in order of arrival
         self.counters: Counter[str] = Counter(answers=0, stale=0, duplicate=0, unknown=0, invalid=0)
 
     def begin(self, epoch: int) -> None:
@@ -91,15 +95,15 @@ class AnswerBook:
 
     def evict(self, context_id: str) -> None:
         with self._changed:
-            if len(self._evicted) < 1 << 16:  # a drafter gone mad must not fill the host
-                self._evicted.append(context_id)
+            if len(self._evicted) < MAX_EVICTED and len(context_id) <= MAX_CONTEXT_ID:
+                self._evicted[context_id] = None
 
     def take_evicted(self) -> list[str]:
         if not self._evicted:
             return []
         with self._changed:
-            evicted, self._evicted = self._evicted, []
-            return evicted
+            evicted, self._evicted = self._evicted, {}
+            return list(evicted)
 
     def _is_open(self, ask: DraftAsk) -> bool:
         return ask.context_id in self._open and self._asked[ask.context_id].base == ask.base

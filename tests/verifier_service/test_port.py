@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import socket
 import struct
@@ -18,6 +19,7 @@ from cluster.contracts import (
     EngineInfo,
     FromEngine,
     Probe,
+    SamplingParams,
     SetDrafters,
     Status,
     Submit,
@@ -25,6 +27,7 @@ from cluster.contracts import (
 from cluster.wire import Codec
 from tests.verifier_service.fake_runner import FakeRunner
 from tests.verifier_service.test_engine import WAIT_S, Guesser, expected, make_engine, request
+from verifier_service import port as port_module
 from verifier_service.model.face import ForwardOutput
 from verifier_service.plan import StepPlan
 from verifier_service.port import EnginePort
@@ -209,6 +212,24 @@ def test_a_client_that_does_not_read_is_dropped(served):
 
     assert eventually(is_dropped)
     assert other.status().running == 0
+
+
+def test_a_step_too_long_for_one_frame_leaves_in_several(served, monkeypatch):
+    longest = 900  # bytes: a Delta with 20 alternatives to its token has about 380
+    monkeypatch.setattr(port_module, "Codec", functools.partial(Codec, max_bytes=longest))
+    client = Client(served(make_engine(Slow(4, 200, 4, max_context=128), blocks=200)).address)
+    wanted = [request(f"r{i}", 3, 20, sampling=SamplingParams(logprobs=20)) for i in range(4)]
+    client.send(*map(Submit, wanted))
+    client.codec = Codec(FromEngine, max_bytes=longest)
+    sizes = []
+    while sum(delta.finish is not None for delta in client.deltas) < 4:
+        message = client.codec.receive(client.socket)
+        assert isinstance(message, Deltas)
+        sizes.append(len(message.deltas))
+        client.deltas += message.deltas
+    assert set(sizes) <= {1, 2}
+    for each in wanted:
+        assert client.text(each.request_id) == expected(each.request_id, 3, 20)
 
 
 def test_settings_and_drafters_reach_the_proposer(served):

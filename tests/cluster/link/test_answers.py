@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cluster.link.answers import AnswerBook
+from cluster.link.answers import MAX_CONTEXT_ID, MAX_EVICTED, AnswerBook
 from cluster.link.messages import DraftAnswer, DraftAsk
 from tests.cluster.link.echo import echoed
 
@@ -130,3 +130,13 @@ def test_evictions_are_taken_once(book):
     book.evict("v/r/0")
     assert book.take_evicted() == ["v/r/0"]
     assert book.take_evicted() == []
+
+
+def test_a_drafter_gone_mad_fills_no_memory_with_evictions(book):
+    for i in range(MAX_EVICTED + 5):
+        book.evict("v/r/0")
+        book.evict(f"v/{i}/0")
+        book.evict("x" * (MAX_CONTEXT_ID + 1))
+    evicted = book.take_evicted()
+    assert len(evicted) == len(set(evicted)) == MAX_EVICTED
+    assert max(map(len, evicted)) <= MAX_CONTEXT_ID
