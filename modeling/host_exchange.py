@@ -37,6 +37,7 @@ class HostExchange:
         whole = torch.frombuffer(memory, dtype=torch.uint8, offset=size * LINE)
         self._parts = whole.view(2, size, CAPACITY)
         self._fence = threading.Lock()
+        self._fence.acquire()
 
     def fits(self, part: torch.Tensor) -> bool:
         """Whether a part can go this way; the same answer on every rank."""
@@ -50,8 +51,8 @@ class HostExchange:
         self._turn += 1
         parts = self._parts[self._turn & 1, :, : part.nbytes].view(part.dtype)
         parts[self._rank].copy_(part.reshape(-1))
-        with self._fence:  # a full barrier: the part is visible before the turn that announces it
-            self._turns[self._rank * LINE // 8] = self._turn
+        self._barrier()  # the part is visible before the turn that announces it
+        self._turns[self._rank * LINE // 8] = self._turn
         self._wait()
         return list(parts.unbind())
 
@@ -72,8 +73,15 @@ class HostExchange:
                             f"rank {other * 8 // LINE} of the target did not join exchange {turn} within "
                             f"{self._timeout_s:.0f} s: it is dead or stalled"
                         )
-        with self._fence:  # the parts are read after the turns
-            return
+        self._barrier()  # the parts are read after the turns
+
+    def _barrier(self) -> None:
+        """No memory access moves across, on weakly ordered machines either.
+
+        A release and then an acquire: the other way round both sides could still meet in between.
+        """
+        self._fence.release()
+        self._fence.acquire()
 
 
 def open_host_exchange(rank: int, size: int, group: dist.ProcessGroup, timeout_s: float = 60.0) -> HostExchange | None:
@@ -103,15 +111,20 @@ def _create(length: int) -> Path | None:
     directory = Path("/dev/shm")
     if not directory.is_dir():
         return None
-    handle, name = tempfile.mkstemp(prefix="paceline-", dir=directory)
     try:
+        handle, name = tempfile.mkstemp(prefix="paceline-", dir=directory)
+    except OSError:
+        return None
+    try:
+        if len(os.fsencode(name)) >= _NAME_BYTES:
+            raise OSError(f"{name} is too long a name to tell the other ranks")
         os.posix_fallocate(handle, 0, length)
     except OSError:
         os.unlink(name)
         return None
     finally:
         os.close(handle)
-    return Path(name) if len(os.fsencode(name)) < _NAME_BYTES else None
+    return Path(name)
 
 
 def _map(name: bytes, length: int) -> mmap.mmap | None:

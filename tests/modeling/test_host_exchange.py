@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from modeling import host_exchange
 from modeling.host_exchange import CAPACITY, LINE, HostExchange
 
 
@@ -48,3 +50,19 @@ def test_a_part_beyond_the_capacity_does_not_fit():
     exchange = ranks(2)[0]
     assert exchange.fits(torch.empty(CAPACITY // 4))
     assert not exchange.fits(torch.empty(CAPACITY // 4 + 1))
+
+
+def test_a_file_whose_name_cannot_be_told_is_not_left_behind(monkeypatch, tmp_path):
+    make = host_exchange.tempfile.mkstemp
+    monkeypatch.setattr(host_exchange, "_NAME_BYTES", 8)
+    monkeypatch.setattr(host_exchange.tempfile, "mkstemp", lambda prefix, dir: make(prefix=prefix, dir=tmp_path))
+    assert host_exchange._create(LINE) is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_room_for_a_file_there_is_no_exchange(monkeypatch):
+    def full(prefix: str, dir: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(host_exchange.tempfile, "mkstemp", full)
+    assert host_exchange._create(LINE) is None

@@ -154,7 +154,8 @@ class StepBuilder:
             cells = np.arange(longest)
             starts = np.cumsum([0, *lengths[:-1]])
             inside = cells < np.array(lengths)[:, None]
-            gather = self._tensor(np.where(inside, starts[:, None] + cells, 0).reshape(-1))
+            own = starts[:, None]  # padding is the row's own first token: another request's could bring its NaN in
+            gather = self._tensor(np.where(inside, own + cells, own).reshape(-1))
             scatter = self._tensor(np.flatnonzero(inside))
         slots = self._indices([row.slot for row in rows])
         return VerifyWindow(len(rows), tokens, longest, slots, gather, scatter)
