@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 COST_WEIGHT = 0.1  # of a new sample of seconds, once there are ten
 ACCEPTED_WEIGHT = 0.02  # of a new sample of acceptance, once there are fifty: single rows say little
 WORTH = 1.03  # drafting has to promise this much over plain decoding: estimates err
-PLAIN_FIRST = 3  # plain steps measured before the first drafts of a batch size are asked for
+PLAIN_FIRST = 3  # plain steps before the first drafts of a batch size are asked for
 PLAIN_EVERY = 64  # drafted steps between two plain ones
 PROBE_ROWS, PROBE_LEAST = 24, 4  # a probe lasts until so many rows are verified, and so many steps at least
 FIRST_PAUSE, LONGEST_PAUSE = 256, 4096  # plain steps between two probes
 PROBE_SHARE = 0.01  # of the time may go into probes that lose
+OUTLIER = 8  # times the usual: a longer wait counts as one of so many, since a single one says little about the next
 FULL_EVERY = 24  # drafted steps between two that ask for all rows, so that far positions stay known
 
 
@@ -40,16 +41,20 @@ class Mean:
 
 @dataclass(slots=True)
 class _Costs:
-    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts."""
+    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts.
+
+    Steps that hold prefill are not measured: under steady load there may be no plain sample at all.
+    """
 
     plain: Mean = field(default_factory=Mean)
     row: Mean = field(default_factory=Mean)
     wait: Mean = field(default_factory=Mean)
+    first: int = PLAIN_FIRST  # plain steps left before any drafts
     since_plain: int = 0
     since_full: int = 0
     paused: int = 0  # plain steps left before the next probe
     pause: int = FIRST_PAUSE
-    probing: int = 0  # drafted steps left whatever they cost
+    probing: int = 0  # asks left whatever they cost
 
 
 class SpeculationControl:
@@ -63,11 +68,11 @@ class SpeculationControl:
     def choose(self, requests: int) -> int:
         """Drafts to ask for each request of the next step; 0 = none. Call once a step."""
         costs = self._of(requests)
-        if costs.plain.samples < PLAIN_FIRST:
+        if costs.first > 0:
+            costs.first -= 1
             return 0
         if costs.probing > 0:
-            costs.probing -= 1
-            return self.most
+            return self.most  # until `waited` has counted them: not every choice can be followed by an ask
         if costs.paused > 0:
             costs.paused -= 1
             if costs.paused == 0:
@@ -75,7 +80,7 @@ class SpeculationControl:
             return 0
         best = self._best(costs, requests)
         if best == 0:
-            costs.paused = max(costs.pause, self._affordable(costs, requests))
+            costs.paused = min(max(costs.pause, self._affordable(costs, requests)), LONGEST_PAUSE)
             costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
             return 0
         costs.pause = FIRST_PAUSE
@@ -97,9 +102,16 @@ class SpeculationControl:
         elif costs.plain.samples:
             costs.row.add((seconds - costs.plain.value) / drafted)
 
-    def waited(self, requests: int, seconds: float) -> None:
-        """Asking for drafts for `requests` and waiting for them took `seconds`."""
-        self._of(requests).wait.add(seconds)
+    def waited(self, requests: int, seconds: float | None) -> None:
+        """Asking for drafts for `requests` and waiting for them took `seconds`; None: the wait ended at its deadline.
+
+        What such a wait costs is not held against drafting: asks after it are held back by their own rule (Patience).
+        """
+        costs = self._of(requests)
+        costs.probing = max(0, costs.probing - 1)
+        if seconds is not None:
+            usual = max(costs.wait.value, costs.plain.value)
+            costs.wait.add(min(seconds, OUTLIER * usual) if usual else seconds)
 
     def verified(self, drafted: int, accepted: int) -> None:
         """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known."""
@@ -109,8 +121,9 @@ class SpeculationControl:
     def renew(self) -> None:
         """Another drafter: nothing is held against it."""
         self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(self.most)]
-        for costs in self._costs.values():
-            costs.paused, costs.pause, costs.probing = 0, FIRST_PAUSE, PROBE_ROWS
+        for size, costs in self._costs.items():
+            costs.wait = Mean()
+            costs.paused, costs.pause, costs.probing = 0, FIRST_PAUSE, _probe_steps(size)
 
     def expected(self, drafts: int) -> float:
         """Tokens that a row with so many drafts is expected to commit."""
@@ -121,6 +134,8 @@ class SpeculationControl:
         return total
 
     def _best(self, costs: _Costs, requests: int) -> int:
+        if not costs.plain.samples:
+            return self.most  # nothing to compare with
         best, rate = 0, WORTH / max(costs.plain.value, 1e-9)
         for drafts in range(1, self.most + 1):
             promised = self.expected(drafts) / self._seconds(costs, requests, drafts)

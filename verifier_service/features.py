@@ -12,6 +12,7 @@ from collections.abc import Hashable
 import torch
 
 LOOSE = 32  # a request's newest rows are views of steps' tensors; so many are joined into a copy, and the steps' freed
+PINNED = 8  # times its own bytes: a view that keeps more than this alive is copied at once
 
 
 class FeatureStore:
@@ -26,7 +27,7 @@ class FeatureStore:
         """Add rows for positions start.. ; the newest `window` positions are kept.
 
         Positions already held are skipped (a preempted request computes them again). A gap starts afresh at `start`.
-        The rows are kept as they are, not copied: they must not be written to.
+        The rows must not be written to: they are copied only where they are a small part of a large tensor.
         """
         held = self._held.get(key)
         if held is None:
@@ -38,6 +39,8 @@ class FeatureStore:
             rows = rows[known:]
             if not rows.shape[0]:
                 return
+        if rows.untyped_storage().nbytes() > PINNED * rows.nbytes:
+            rows = rows.clone()
         self.bytes += held.add(rows) - held.trim(window)
         if self.bytes > self._max_bytes:
             self._shrink()

@@ -26,6 +26,7 @@ class LinkState:
     block_size: int = 0
     window: int = 0
     sent_bytes: int = 0
+    capacity_contexts: int = 0  # contexts that the drafter holds at a time; 0 = unknown
 
 
 class VerifierLink(Protocol):

@@ -119,6 +119,7 @@ class RemoteLink:
             block_size=session.welcome.block_size,
             window=session.welcome.window,
             sent_bytes=session.sent_bytes,
+            capacity_contexts=session.welcome.capacity_contexts,
         )
 
     @property

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verifier_service.control import SpeculationControl
+from verifier_service.control import FIRST_PAUSE, LONGEST_PAUSE, PLAIN_FIRST, PROBE_ROWS, SpeculationControl
 
 
 @dataclass
@@ -108,3 +108,68 @@ def test_plain_decoding_is_measured_before_the_first_drafts_and_batch_sizes_do_n
         control.step(1, 0, 1.0)
     assert control.choose(1) == 7
     assert control.choose(9) == 0
+
+
+def warmed(requests: int = 1) -> SpeculationControl:
+    """Past the first plain steps of a second each."""
+    control = SpeculationControl(7)
+    for _ in range(PLAIN_FIRST):
+        assert control.choose(requests) == 0
+        control.step(requests, 0, 1.0)
+    return control
+
+
+def test_where_every_step_holds_prefill_drafting_starts_all_the_same():
+    control = SpeculationControl(7)
+    assert [control.choose(2) for _ in range(PLAIN_FIRST)] == [0] * PLAIN_FIRST
+    for _ in range(50):  # no step is ever measured
+        assert control.choose(2) == 7
+        control.waited(2, 0.1)
+
+
+def test_a_probe_lasts_until_so_many_asks_were_sent():
+    control = warmed()
+    control.verified(7, 0)
+    assert {control.choose(1) for _ in range(100)} == {7}
+    for _ in range(PROBE_ROWS):
+        control.waited(1, 1.0)
+    assert control.choose(1) == 0
+
+
+def test_a_wait_that_ended_at_its_deadline_ends_a_probe_but_is_no_sample():
+    control = warmed()
+    for _ in range(PROBE_ROWS):
+        assert control.choose(1) == 7
+        control.verified(7, 7)
+        control.waited(1, None)
+    assert control.choose(1) > 0
+
+
+def test_one_very_late_answer_does_not_end_drafting():
+    control = SpeculationControl(7)
+    Machine(plain=1.0, row=0.02, wait=0.2, right=0.85).run(control, 1, 300)
+    control.waited(1, 1000.0)
+    assert sum(control.choose(1) > 0 for _ in range(10)) >= 9
+
+
+def test_a_pause_is_bounded_however_much_the_last_probe_cost():
+    control = warmed()
+    for _ in range(100):
+        control.waited(1, 1e9)
+    rested = 0
+    while control.choose(1) == 0:
+        rested += 1
+        assert rested <= LONGEST_PAUSE + 1  # the choice that begins it is a plain step, too
+    assert rested > FIRST_PAUSE
+
+
+def test_a_new_drafter_is_not_judged_by_the_waits_for_the_old_one_and_is_probed_as_long_as_its_batch_needs():
+    control = warmed(4)
+    for _ in range(100):
+        control.waited(4, 50.0)
+    control.renew()
+    for _ in range(PROBE_ROWS // 4):
+        assert control.choose(4) == 7
+        control.verified(7, 1)
+        control.waited(4, 0.1)
+    assert control.choose(4) == 1  # the probe has ended, and one draft is worth its wait

@@ -68,3 +68,14 @@ def test_a_gap_starts_afresh():
     store.put("a", 50, rows(50, 5), 100)
     assert read(store, "a") == (50, list(range(50, 55)))
     assert store.bytes == 5 * ROW
+
+
+def test_a_small_part_of_a_large_tensor_does_not_keep_it_alive():
+    store = FeatureStore(1 << 20)
+    step = rows(0, 100)
+    store.put("small", 0, step[:2], 100)
+    store.put("large", 0, step, 100)
+    (small,), (large,) = store.since("small", 0)[1], store.since("large", 0)[1]
+    assert small.untyped_storage().nbytes() == 2 * ROW
+    assert large.data_ptr() == step.data_ptr()
+    assert read(store, "small") == (0, [0, 1])

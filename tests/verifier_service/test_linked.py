@@ -34,8 +34,8 @@ class TapFuser:
 class CheckedLink:
     """A VerifierLink that holds contexts as a drafter does, checks every message, and answers as `answer` says."""
 
-    def __init__(self, right: float = 1.0, window: int = 64):
-        self._right, self._window = right, window
+    def __init__(self, right: float = 1.0, window: int = 64, capacity: int = 0):
+        self._right, self._window, self._capacity = right, window, capacity
         self._random = random.Random(4)
         self._epoch = 1
         self._linked = True
@@ -44,16 +44,18 @@ class CheckedLink:
         self.asked: list[DraftAsk] = []
         self.answers: dict[tuple[str, int], DraftAnswer] = {}
         self.waits: list[float] = []
+        self.closed: set[str] = set()
         self.silent = False
         self.queued_bytes = 0
         self.rows = 0
 
     @property
     def state(self) -> LinkState:
-        return LinkState(self._linked, self._epoch, "d", "v", BLOCK, self._window, self.rows * 8)
+        return LinkState(self._linked, self._epoch, "d", "v", BLOCK, self._window, self.rows * 8, self._capacity)
 
     def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
         context = self.contexts.setdefault(context_id, {})
+        assert not self._capacity or len(self.contexts) <= self._capacity, "more contexts than there is room for"
         assert not context or start <= max(context) + 1, "a gap"
         for position, (told, token) in enumerate(features.tolist(), start):
             assert position == told, "features of another position"
@@ -83,6 +85,7 @@ class CheckedLink:
         return {key: self.answers.pop(key) for key in keys if key in self.answers}
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:
+        self.closed.update(context_ids)
         for context_id in context_ids:
             self.contexts.pop(context_id, None)
 

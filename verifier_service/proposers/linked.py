@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAnswer, DraftAsk
 from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
+from verifier_service.proposers.contexts import Context, Contexts, Fuser
 from verifier_service.proposers.face import ProposerState
 from verifier_service.proposers.patience import Patience
-from verifier_service.sequence import Key, Progress, RunningRequest
+from verifier_service.sequence import Progress, RunningRequest
 
-UNSENT_BYTES = 8 << 20  # while more than this waits for the drafter, contexts that lag behind are not caught up
+log = logging.getLogger(__name__)
 
-
-class Fuser(Protocol):
-    """taps [n, taps x hidden of the target] -> context features [n, hidden]."""
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    def __call__(self, taps: torch.Tensor) -> torch.Tensor: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Context:
-    """A request as the drafter knows it. sent: features below this position were sent in this epoch.
-
-    asked: base of the ask that is not answered yet, or None.
-    """
-
-    sequence: RunningRequest
-    context_id: str
-    limit: int
-    sent: int = 0
-    asked: DraftAsk | None = None
+LONGEST_SOFT_DEADLINE_S = 10.0
 
 
 class LinkProposer:
@@ -68,21 +43,18 @@ class LinkProposer:
         control: SpeculationControl | None = None,
     ):
         self._link, self._fuser, self._store = link, fuser, store
-        self._verifier_id = verifier_id
         self._max_draft_tokens = max_draft_tokens
         self._patience = Patience(soft_deadline_s)
-        self._window = window
         self._control = control
         self._epoch = 0
-        self._contexts: dict[Key, _Context] = {}
-        self._by_id: dict[str, _Context] = {}
-        self._lagging: set[_Context] = set()
-        self._late: set[_Context] = set()
+        self._contexts = Contexts(link, fuser, store, verifier_id, window)
+        self._late: set[Context] = set()
         self._asks: list[DraftAsk] = []
+        self._resting = False  # plain decoding was the better choice, last time there was one
+        self._requests = 0  # of the latest step, those that go on
+        self._verified = 0  # the same, of the step before: its drafts were verified in the latest
         self._asking_s = 0.0
-        self._counters: Counter[str] = Counter(
-            draft_asks=0, draft_answers=0, drafts_late=0, drafts_missed=0, context_tokens=0
-        )
+        self._counters: Counter[str] = Counter(draft_asks=0, draft_answers=0, drafts_late=0, drafts_missed=0)
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
@@ -91,38 +63,41 @@ class LinkProposer:
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         state = self._link.state
         self._follow(state)
-        contexts = self._contexts
-        moved = [(contexts.get(p.sequence.key) or self._begin(p.sequence), p) for p in progress if p.finish is None]
-        moved = [(context, p) for context, p in moved if context.limit > 0]
+        going = [(self._contexts.of(p.sequence), p) for p in progress if p.finish is None]
+        self._verified, self._requests = self._requests, len(going)
+        moved = [(context, p) for context, p in going if context.limit > 0]
         ready = [context for context, p in moved if p.token_ids]
-        most = self._most(state, len(ready))
-        resting = most == 0 and bool(ready)  # plain decoding: features go to the store only
+        most = self._most(state, bool(ready))
         if taps is not None and moved:
-            self._take_features(moved, taps, state.linked and not resting)
+            self._contexts.take(moved, taps, state.linked and not self._resting)
         if not state.linked:
             return
-        if resting:
-            self._lagging.update(context for context, _ in moved)
+        if self._resting:  # features go to the store only
+            self._contexts.hold_back(context for context, _ in moved)
             return
-        self._catch_up()
+        began = time.monotonic()
+        self._contexts.catch_up()
         self._ask(ready, most)
+        self._asking_s = time.monotonic() - began
 
     def collect(self) -> float:
         if self._late:
             self._take([context.asked for context in self._late if context.asked is not None], 0.0)
+        asking, self._asking_s = self._asking_s, 0.0
         if not self._asks:
-            return 0.0
+            return asking
         asks, self._asks = self._asks, []
         began = time.monotonic()
         answered = self._take(asks, self._patience.soft_deadline_s)
         now = time.monotonic()
-        if answered == len(asks):
+        waited = asking + now - began
+        in_time = answered == len(asks)
+        if in_time:
             self._patience.kept()
         else:
             self._missed(asks, len(asks) - answered, now)
-        waited = self._asking_s + now - began
         if self._control is not None:
-            self._control.waited(len(asks), waited)
+            self._control.waited(self._requests, waited if in_time else None)
         return waited
 
     def learn(self, progress: Sequence[Progress], prefilled: bool, seconds: float) -> None:
@@ -133,34 +108,36 @@ class LinkProposer:
             if p.drafted:
                 control.verified(p.drafted, p.accepted)
         if progress and not prefilled:  # every row is a verified one
-            control.step(len(progress), sum(p.drafted for p in progress), seconds)
+            control.step(self._verified or len(progress), sum(p.drafted for p in progress), seconds)
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
-        gone = []
-        for sequence in sequences:
-            self._store.forget(sequence.key)
-            context = self._contexts.pop(sequence.key, None)
-            if context is not None:
-                del self._by_id[context.context_id]
-                self._lagging.discard(context)
-                self._late.discard(context)
-                if context.sent:
-                    gone.append(context.context_id)
-        if gone:
-            self._link.close_contexts(gone)
+        self._late.difference_update(self._contexts.forget(sequences))
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
+        """Values that cannot work are ignored: they may come from another process, and must not end drafting."""
         if max_draft_tokens is not None:
-            self._max_draft_tokens = max_draft_tokens
+            if max_draft_tokens >= 0:
+                self._max_draft_tokens = max_draft_tokens
+            else:
+                log.error("max_draft_tokens %r is ignored: it must be 0 or more", max_draft_tokens)
         if soft_deadline_s is not None:
-            self._patience.soft_deadline_s = soft_deadline_s
+            if 0 < soft_deadline_s <= LONGEST_SOFT_DEADLINE_S:
+                self._patience.soft_deadline_s = soft_deadline_s
+            else:
+                limit = LONGEST_SOFT_DEADLINE_S
+                log.error("soft_deadline_s %r is ignored: it must be above 0 and at most %g", soft_deadline_s, limit)
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         self._link.set_drafters(addresses)
 
     def state(self) -> ProposerState:
         state = self._link.state
-        counters = {**self._counters, "link_bytes": float(state.sent_bytes), "feature_bytes": float(self._store.bytes)}
+        counters = {
+            **self._counters,
+            "context_tokens": float(self._contexts.tokens_sent),
+            "link_bytes": float(state.sent_bytes),
+            "feature_bytes": float(self._store.bytes),
+        }
         return ProposerState(state.linked, state.drafter_id, state.epoch, counters)
 
     def stop(self) -> None:
@@ -170,107 +147,43 @@ class LinkProposer:
         """After a new epoch, or an eviction, nothing that was sent before is there."""
         if state.epoch != self._epoch:
             self._epoch = state.epoch
-            self._window = state.window or self._window
             self._patience.renew()
             if self._control is not None:
                 self._control.renew()
-            for context in self._contexts.values():
-                self._restart(context)
+            self._contexts.new_epoch(state)
+            self._late.clear()
         for context_id in self._link.evicted():
-            if (lost := self._by_id.get(context_id)) is not None:
-                self._restart(lost)
+            if (lost := self._contexts.named(context_id)) is not None:
+                self._contexts.restart(lost)
+                self._late.discard(lost)
 
-    def _restart(self, context: _Context) -> None:
-        context.sent, context.asked = 0, None
-        self._late.discard(context)
-        if self._store.end(context.sequence.key):
-            self._lagging.add(context)
-
-    def _begin(self, sequence: RunningRequest) -> _Context:
-        own = sequence.request.max_draft_tokens
-        limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
-        request_id, choice = sequence.key
-        context = _Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
-        self._contexts[sequence.key] = self._by_id[context.context_id] = context
-        return context
-
-    # Features.
-
-    def _take_features(self, moved: list[tuple[_Context, Progress]], taps: torch.Tensor, linked: bool) -> None:
-        """Fuse the committed rows in one go, keep them, and send each context its own."""
-        window = self._window
-        whose: list[tuple[_Context, int]] = []  # context, position of its first row
-        firsts: list[int] = []
-        counts: list[int] = []
-        for context, progress in moved:
-            skipped = len(context.sequence.tokens) - window - progress.start
-            skipped = min(skipped, progress.kept) if skipped > 0 else 0
-            if skipped < progress.kept:
-                whose.append((context, progress.start + skipped))
-                firsts.append(progress.row + skipped)
-                counts.append(progress.kept - skipped)
-        if not whose:
-            return
-        if sum(counts) != taps.shape[0]:
-            taps = taps.index_select(0, _ranges(firsts, counts).to(taps.device))
-        features = self._fuser(taps)
-        stored = features.cpu()  # the same tensor on a CPU
-        own_rows = stored.split(counts)
-        sent_rows = own_rows if stored is features else features.split(counts)
-        for (context, start), count, own, sent in zip(whose, counts, own_rows, sent_rows):
-            self._store.put(context.sequence.key, start, own, window)
-            if linked:
-                self._send_new(context, start, count, sent)
-
-    def _send_new(self, context: _Context, start: int, count: int, rows: torch.Tensor) -> None:
-        if context in self._lagging or start + count <= context.sent:
-            return  # caught up below, from the store; or computed again after a preemption
-        if context.sent and start > context.sent:
-            self._lagging.add(context)
-            return
-        if start < context.sent:
-            rows, start, count = rows[context.sent - start :], context.sent, start + count - context.sent
-        self._append(context, start, count, rows)
-
-    def _append(self, context: _Context, start: int, count: int, rows: torch.Tensor) -> None:
-        self._link.append(context.context_id, start, rows)
-        self._counters["context_tokens"] += count
-        context.sent = start + count
-
-    def _catch_up(self) -> None:
-        """Send lagging contexts what the store has, as fast as the drafter takes it in."""
-        while self._lagging and self._link.queued_bytes < UNSENT_BYTES:
-            context = self._lagging.pop()
-            start, pieces = self._store.since(context.sequence.key, context.sent)
-            if pieces:
-                rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                self._append(context, start, rows.shape[0], rows)
-
-    # Drafts.
-
-    def _most(self, state: LinkState, requests: int) -> int:
-        """Drafts to ask for each of so many requests; 0 = plain decoding is the better choice."""
-        if not state.linked or not requests:
+    def _most(self, state: LinkState, ready: bool) -> int:
+        """Drafts to ask for each request now; 0 = none. Decides whether to rest, where there is something to decide."""
+        if not state.linked:
             return 0
         most = state.block_size - 1
         if self._max_draft_tokens is not None:
             most = min(most, self._max_draft_tokens)
-        return most if self._control is None else min(most, self._control.choose(requests))
+        if most > 0:
+            if not ready or not self._patience.may_ask(time.monotonic()):
+                return 0
+            if self._control is not None:
+                most = min(most, self._control.choose(self._requests))
+        self._resting = most == 0
+        return most
 
-    def _ask(self, contexts: list[_Context], most: int) -> None:
-        now = time.monotonic()
-        if not contexts or not self._patience.may_ask(now):
+    def _ask(self, contexts: list[Context], most: int) -> None:
+        if not most:
             return
         for context in contexts:
             sequence = context.sequence
             rows = min(most, context.limit, sequence.remaining - 1)
-            if rows > 0 and context.asked is None and context.sent == sequence.computed:
+            if rows > 0 and context.placed and context.asked is None and context.sent == sequence.computed:
                 context.asked = DraftAsk(context.context_id, sequence.computed, sequence.tokens[-1], rows)
                 self._asks.append(context.asked)
         if self._asks:
             self._counters["draft_asks"] += len(self._asks)
             self._link.ask(self._asks)
-            self._asking_s = time.monotonic() - now
 
     def _missed(self, asks: list[DraftAsk], count: int, now: float) -> None:
         state = self._link.state
@@ -279,7 +192,7 @@ class LinkProposer:
         self._patience.missed(now)
         self._counters["drafts_missed"] += count
         for ask in asks:
-            context = self._by_id.get(ask.context_id)
+            context = self._contexts.named(ask.context_id)
             if context is not None and context.asked is ask:
                 self._late.add(context)
 
@@ -287,7 +200,7 @@ class LinkProposer:
         """Hand the answers that have come to their requests; how many came."""
         answers = self._link.collect(asks, timeout_s)
         for (context_id, _), answer in answers.items():
-            context = self._by_id.get(context_id)
+            context = self._contexts.named(context_id)
             if context is None or context.asked is None or context.asked.base != answer.base:
                 continue
             context.asked = None
@@ -297,13 +210,6 @@ class LinkProposer:
                 self._counters["drafts_late"] += 1
             context.sequence.drafts = _still_useful(answer, context.sequence)
         return len(answers)
-
-
-def _ranges(firsts: list[int], counts: list[int]) -> torch.Tensor:
-    """int64: first .. first + count - 1 of each pair, one after the other."""
-    lengths = np.array(counts)
-    before = lengths.cumsum() - lengths
-    return torch.from_numpy(np.repeat(np.array(firsts) - before, lengths) + np.arange(int(lengths.sum())))
 
 
 def _still_useful(answer: DraftAnswer, sequence: RunningRequest) -> tuple[int, ...]:

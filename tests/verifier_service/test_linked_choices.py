@@ -1,0 +1,116 @@
+"""When the link proposer drafts, and what it tells the control: batch sizes, rests, seconds, settings."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.verifier_service.test_engine import Inbox, make_engine, request, running
+from tests.verifier_service.test_linked import BLOCK, CheckedLink, drive, linked
+from verifier_service.control import SpeculationControl
+from verifier_service.proposers import linked as module
+from verifier_service.sequence import Progress, RunningRequest
+
+__all__ = ["running"]
+
+
+class Watched(SpeculationControl):
+    """Always chooses `fixed`, or as it would; keeps what it was called with."""
+
+    def __init__(self, fixed: int | None = None):
+        super().__init__(BLOCK - 1)
+        self._fixed = fixed
+        self.chosen: list[int] = []
+        self.stepped: list[tuple[int, int]] = []
+        self.waits: list[tuple[int, float | None]] = []
+
+    def choose(self, requests: int) -> int:
+        self.chosen.append(requests)
+        return super().choose(requests) if self._fixed is None else self._fixed
+
+    def step(self, requests: int, drafted: int, seconds: float) -> None:
+        self.stepped.append((requests, drafted))
+        super().step(requests, drafted, seconds)
+
+    def waited(self, requests: int, seconds: float | None) -> None:
+        self.waits.append((requests, seconds))
+        super().waited(requests, seconds)
+
+
+def test_a_request_beside_one_that_wants_no_drafts_gets_some_and_one_size_is_told(running):
+    control = Watched()
+    link = CheckedLink()
+    engine = make_engine(proposer=linked(link, control=control))
+    inbox = Inbox()
+    engine.submit(request("a", output=20), inbox)
+    engine.submit(request("b", output=60, max_draft_tokens=0), inbox)
+    running(engine)
+    inbox.wait("a")
+    assert engine.status().counters["accepted_tokens"] > 0
+    inbox.wait("b")
+    assert {ask.context_id for ask in link.asked} == {"v/a/0"}
+    assert set(control.chosen) == {2}
+    assert {requests for requests, _ in control.waits} == {2}
+    assert {requests for requests, drafted in control.stepped if drafted} == {2}
+
+
+def test_the_control_is_not_asked_while_nothing_may_be_asked_for(running):
+    control, link = Watched(fixed=3), CheckedLink()
+    link.silent = True
+    drive(link, linked(link, control=control, soft_deadline_s=10.0), running, names=3)
+    assert len(control.chosen) == 1
+    assert [seconds for _, seconds in control.waits] == [None]
+
+
+@pytest.mark.parametrize("settings", [{"max_draft_tokens": 0}, {"control": Watched(fixed=0)}])
+def test_a_resting_engine_sends_no_prompts(running, settings):
+    link = CheckedLink()
+    engine = running(make_engine(proposer=linked(link, **settings), step_tokens=16))
+    inbox = Inbox()
+    engine.submit(request("a"), inbox)
+    inbox.wait("a")
+    engine.submit(request("b", prompt=60), inbox)
+    inbox.wait("b")
+    assert link.rows == 0
+
+
+@pytest.mark.parametrize("values", [(-1, None), (None, 0.0), (None, 10.5), (None, -1.0), (None, float("nan"))])
+def test_settings_that_cannot_work_are_ignored_and_logged(running, caplog, values):
+    link = CheckedLink()
+    proposer = linked(link)
+    with caplog.at_level(logging.ERROR):
+        proposer.configure(*values)
+    assert "is ignored" in caplog.text
+    counters = drive(link, proposer, running, names=1)
+    assert counters["accepted_tokens"] > 0
+    assert set(link.waits) == {0.01}
+
+
+def test_catching_up_counts_as_time_spent_on_drafting(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    class SlowLink(CheckedLink):
+        def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+            super().append(context_id, start, features)
+            clock.now += 1.0
+
+    link, control = SlowLink(), Watched(fixed=3)
+    proposer = linked(link, control=control)
+    sequence = RunningRequest(request("a", prompt=4), (0, 0))
+
+    def step(start: int, kept: int) -> float:
+        rows = torch.tensor([[float(at), float(sequence.tokens[at])] for at in range(start, start + kept)])
+        sequence.computed = start + kept
+        sequence.tokens.append(7)
+        proposer.advance([Progress(sequence, 0, start, kept, token_ids=[7])], rows)
+        return proposer.collect()
+
+    link.queued_bytes = 1 << 30
+    assert step(0, 4) == 0.0
+    link.queued_bytes = 0
+    assert step(4, 1) == 1.0
+    assert control.waits == [(1, 1.0)]

@@ -1,0 +1,192 @@
+"""Requests as the drafter knows them: whose context features are sent, and up to which position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cluster.link.face import LinkState, VerifierLink
+from cluster.link.messages import DraftAsk
+from verifier_service.features import FeatureStore
+from verifier_service.sequence import Key, Progress, RunningRequest
+
+UNSENT_BYTES = 8 << 20  # while so much waits for the drafter, features go to the store only and are caught up later
+
+
+class Fuser(Protocol):
+    """taps [n, taps x hidden of the target] -> context features [n, hidden]."""
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def __call__(self, taps: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """One request. limit: drafts it may be asked for; 0 = none, and nothing is sent.
+
+    placed: the drafter has room for it. sent: features below this position were sent in this epoch.
+    asked: the ask that is not answered yet, or None.
+    """
+
+    sequence: RunningRequest
+    context_id: str
+    limit: int
+    placed: bool = False
+    sent: int = 0
+    asked: DraftAsk | None = None
+
+
+class Contexts:
+    """All of one proposer's, oldest first. At most as many as the drafter holds have a place with it: the oldest ones.
+
+    More would evict each other and be sent over and over; the others decode plainly until a place is free.
+    window: features kept per request while no drafter has named its own.
+    """
+
+    def __init__(self, link: VerifierLink, fuser: Fuser, store: FeatureStore, verifier_id: str, window: int):
+        self._link, self._fuser, self._store = link, fuser, store
+        self._verifier_id = verifier_id
+        self._window = window
+        self._capacity = 0  # places; 0 = unknown
+        self._taken = 0
+        self._held: dict[Key, Context] = {}
+        self._by_id: dict[str, Context] = {}
+        self._unplaced: dict[Context, None] = {}  # an ordered set
+        self._lagging: set[Context] = set()
+        self.tokens_sent = 0
+
+    def of(self, sequence: RunningRequest) -> Context:
+        """This request's, which begins here if it is new."""
+        return self._held.get(sequence.key) or self._begin(sequence)
+
+    def named(self, context_id: str) -> Context | None:
+        return self._by_id.get(context_id)
+
+    def new_epoch(self, state: LinkState) -> None:
+        """Nothing that was sent before is there."""
+        self._window = state.window or self._window
+        self._capacity = state.capacity_contexts
+        self._taken = 0
+        self._unplaced.clear()
+        self._lagging.clear()
+        for context in self._held.values():
+            context.placed = False
+            if context.limit:
+                self._unplaced[context] = None
+            self.restart(context)
+        self._place()
+
+    def restart(self, context: Context) -> None:
+        """Nothing of this one is there any more."""
+        context.sent, context.asked = 0, None
+        if context.placed and self._store.end(context.sequence.key):
+            self._lagging.add(context)
+
+    def forget(self, sequences: Sequence[RunningRequest]) -> list[Context]:
+        """These requests are over; their contexts, where there were any."""
+        gone = []
+        for sequence in sequences:
+            self._store.forget(sequence.key)
+            context = self._held.pop(sequence.key, None)
+            if context is not None:
+                gone.append(context)
+                del self._by_id[context.context_id]
+                self._lagging.discard(context)
+                self._unplaced.pop(context, None)
+                self._taken -= context.placed
+        # What was not sent in this epoch may still be known by its asks.
+        if known := [context.context_id for context in gone if context.limit]:
+            self._link.close_contexts(known)
+        self._place()
+        return gone
+
+    def hold_back(self, contexts: Iterable[Context]) -> None:
+        """Nothing is sent for these until the next catch_up."""
+        self._lagging.update(context for context in contexts if context.placed)
+
+    def take(self, moved: list[tuple[Context, Progress]], taps: torch.Tensor, send: bool) -> None:
+        """Fuse the committed rows in one go, keep them, and send each context its own."""
+        window = self._window
+        whose: list[tuple[Context, int]] = []  # context, position of its first row
+        firsts: list[int] = []
+        counts: list[int] = []
+        for context, progress in moved:
+            skipped = len(context.sequence.tokens) - window - progress.start
+            skipped = min(skipped, progress.kept) if skipped > 0 else 0
+            if skipped < progress.kept:
+                whose.append((context, progress.start + skipped))
+                firsts.append(progress.row + skipped)
+                counts.append(progress.kept - skipped)
+        if not whose:
+            return
+        if sum(counts) != taps.shape[0]:
+            taps = taps.index_select(0, _ranges(firsts, counts).to(taps.device))
+        features = self._fuser(taps)
+        stored = features.cpu()  # the same tensor on a CPU
+        own_rows = stored.split(counts)
+        sent_rows = own_rows if stored is features else features.split(counts)
+        for (context, start), count, own, sent in zip(whose, counts, own_rows, sent_rows):
+            self._store.put(context.sequence.key, start, own, window)
+            if send:
+                self._send_new(context, start, count, sent)
+
+    def catch_up(self) -> None:
+        """Send lagging contexts what the store has, as fast as the drafter takes it in."""
+        while self._lagging and self._link.queued_bytes < UNSENT_BYTES:
+            context = self._lagging.pop()
+            start, pieces = self._store.since(context.sequence.key, context.sent)
+            if pieces:
+                rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                self._append(context, start, rows.shape[0], rows)
+
+    def _begin(self, sequence: RunningRequest) -> Context:
+        own = sequence.request.max_draft_tokens
+        limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
+        request_id, choice = sequence.key
+        context = Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
+        self._held[sequence.key] = self._by_id[context.context_id] = context
+        if limit:
+            self._unplaced[context] = None
+            self._place()
+        return context
+
+    def _place(self) -> None:
+        """Give free places to the oldest that have none."""
+        while self._unplaced and (not self._capacity or self._taken < self._capacity):
+            context = next(iter(self._unplaced))
+            del self._unplaced[context]
+            context.placed = True
+            self._taken += 1
+            if self._store.end(context.sequence.key):
+                self._lagging.add(context)
+
+    def _send_new(self, context: Context, start: int, count: int, rows: torch.Tensor) -> None:
+        if not context.placed or context in self._lagging or start + count <= context.sent:
+            return  # no room for it; caught up below, from the store; or computed again after a preemption
+        if (context.sent and start > context.sent) or self._link.queued_bytes >= UNSENT_BYTES:
+            self._lagging.add(context)
+            return
+        if start < context.sent:
+            rows, start, count = rows[context.sent - start :], context.sent, start + count - context.sent
+        self._append(context, start, count, rows)
+
+    def _append(self, context: Context, start: int, count: int, rows: torch.Tensor) -> None:
+        self._link.append(context.context_id, start, rows)
+        self.tokens_sent += count
+        context.sent = start + count
+
+
+def _ranges(firsts: list[int], counts: list[int]) -> torch.Tensor:
+    """int64: first .. first + count - 1 of each pair, one after the other."""
+    lengths = np.array(counts)
+    before = lengths.cumsum() - lengths
+    return torch.from_numpy(np.repeat(np.array(firsts) - before, lengths) + np.arange(int(lengths.sum())))
