@@ -15,7 +15,7 @@ from typing import Any
 from ray import serve
 
 from cluster.api.engine_client import EngineClient
-from cluster.contracts import Configure, SetDrafters, Status
+from cluster.contracts import SetDrafters, Status
 from cluster.errors import EngineDiedError
 from cluster.pairing.policy import preference
 from cluster.placement.directory import follow, stay_registered
@@ -26,6 +26,7 @@ from cluster.placement.membership import DRAFTER, VERIFIER, Member, View
 from cluster.placement.process import Main
 from verifier_service.config import VerifierSettings
 from verifier_service.health import sickness
+from verifier_service.live_settings import live_settings
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,8 @@ class Verifier:
         self._lifeline.start(follow(directory, self._pair), stay_registered(directory, self._member))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's user_config: `max_draft_tokens`, `soft_deadline_s`. Takes effect at the next step."""
-        unknown = set(user_config) - set(Configure.__struct_fields__)
-        if unknown:
-            known = ", ".join(Configure.__struct_fields__)
-            raise ValueError(f"user_config of Verifier has unknown keys {sorted(unknown)}; it takes {known}")
-        self._engine.send(Configure(**user_config))
+        """Serve's user_config: see live_settings. Takes effect at the next step. Raises ValueError."""
+        self._engine.send(live_settings(user_config))
 
     async def check_health(self) -> None:
         self._lifeline.raise_if_sick()
