@@ -62,10 +62,15 @@ class ContextTable:
         """Place rows for positions start..start+count-1.
 
         Known positions are skipped. A gap (start beyond the watermark) restarts the context at `start`: what counts is
-        the newest window, and a context row does not depend on the rows before it.
+        the newest window, and a context row does not depend on the rows before it. So does an append that brings what
+        is missing before the origin and all that is held behind it.
         """
         context, evicted = self.get(key), None
-        restarted = context is None or start > context.watermark
+        restarted = (
+            context is None
+            or start > context.watermark
+            or (start < context.origin and start + count >= context.watermark)
+        )
         if context is None:
             slot, evicted = self._take_slot()
             context = self._contexts[key] = Context(slot, start, start)

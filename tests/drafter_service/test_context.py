@@ -100,3 +100,14 @@ def test_an_append_long_after_the_ring_is_full_skips_what_it_could_not_keep():
     table.append(("l", "a"), 0, 10)
     placement = table.append(("l", "a"), 5, 20)
     assert (placement.first, placement.skip, placement.count) == (17, 12, 8)
+
+
+def test_an_append_from_before_the_origin_that_holds_all_the_rest_replaces_it():
+    table = ContextTable(1, 64)
+    table.append(("l", "a"), 100, 1)
+    placement = table.append(("l", "a"), 60, 41)
+    assert placement.restarted
+    assert (placement.first, placement.skip, placement.count) == (60, 0, 41)
+    assert (placement.context.origin, placement.context.watermark) == (60, 101)
+    short = table.append(("l", "a"), 50, 20)
+    assert (short.count, short.restarted) == (0, False), "what is held and newer is not given up"
