@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafter_service.linear import fixed_linear
 from drafter_service.model import DFlashModel, DraftLayer
 from modeling.dflash import SLIDING
+from modeling.fixed_linear import fixed_linear
 
 # (layer, query [T, heads, head_dim], key-value rows of the blocks [T, 2, kv_heads, head_dim]) -> [T, heads * head_dim]
 Attend = Callable[[int, Tensor, Tensor], Tensor]

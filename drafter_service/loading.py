@@ -12,10 +12,10 @@ from torch import Tensor
 from cluster.errors import ConfigError
 from drafter_service.config import DrafterSettings
 from drafter_service.fused import FusedDFlash
-from drafter_service.linear import Linear, fixed_linear
 from drafter_service.model import DFlashModel
 from modeling.dflash import SLIDING, DFlashConfig, DraftCheckpointError, drafter_version, feature_version, read_weights
 from modeling.errors import CheckpointError
+from modeling.fixed_linear import Linear, fixed_linear
 from modeling.head import load_embedding_and_head
 from modeling.target_config import TargetConfig, read_target_config, target_fingerprint
 

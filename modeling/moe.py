@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling.fixed_linear import fixed_linear
 from modeling.parallel import RankGroup
-
-LOOP_PAIRS = 4  # up to so many (token, expert) pairs a loop over the pairs beats sorting them (measured on CPU)
 
 
 @dataclass(frozen=True)
@@ -42,27 +41,23 @@ class SparseMoe(nn.Module):
         ranks: RankGroup,
     ):
         super().__init__()
-        self.experts = router.shape[0]
+        self.count = router.shape[0]
         # The router and the shared expert's gate read the same input: one product serves both.
-        self.router = _frozen(router if shared is None else torch.cat([router, shared.gate]))
-        self.gate_up, self.down = _frozen(gate_up), _frozen(down)
-        self.shared_gate_up = None if shared is None else _frozen(shared.gate_up)
-        self.shared_down = None if shared is None else _frozen(shared.down)
+        self.router = fixed_linear(router if shared is None else torch.cat([router, shared.gate]))
+        self.experts = GroupedExperts(gate_up, down) if gate_up.is_cuda else LoopedExperts(gate_up, down)
+        self.shared_gate_up = None if shared is None else fixed_linear(shared.gate_up)
+        self.shared_down = None if shared is None else fixed_linear(shared.down)
         self.top_k, self.normalized, self.ranks = top_k, normalized, ranks
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> the same shape, summed over ranks."""
         x = hidden.view(-1, hidden.shape[-1])
-        scores = F.linear(x, self.router)
-        weights, chosen = self._route(scores[:, : self.experts].float())
-        weights = weights.to(x.dtype)
-        if chosen.numel() <= LOOP_PAIRS and not x.is_cuda:
-            total = self._few(x, weights, chosen)
-        else:
-            total = self._many(x, weights, chosen)
+        scores = self.router(x)
+        weights, chosen = self._route(scores[:, : self.count].float())
+        total = self.experts(x, weights.to(x.dtype), chosen)
         if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = F.linear(_silu_gate(F.linear(x, self.shared_gate_up)), self.shared_down)
-            total.addcmul_(shared, torch.sigmoid(scores[:, self.experts :]))
+            shared = self.shared_down(_silu_gate(self.shared_gate_up(x)))
+            total.addcmul_(shared, torch.sigmoid(scores[:, self.count :]))
         return self.ranks.sum_(total).view(hidden.shape)
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,29 +67,54 @@ class SparseMoe(nn.Module):
         weights, chosen = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
         return weights, chosen
 
-    def _few(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """One small product per (token, expert) pair: no sorting, no gathering, touches only the chosen experts."""
-        rows = []
-        for token, experts in enumerate(chosen.tolist()):
-            row, parts = x[token : token + 1], weights[token : token + 1]
-            outputs = [F.linear(_silu_gate(F.linear(row, self.gate_up[e])), self.down[e]) for e in experts]
-            rows.append(parts @ torch.cat(outputs))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _many(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Pairs sorted by expert, one grouped product each way."""
+class LoopedExperts:
+    """On CPU: the chosen experts one after the other, each over its own tokens with its own packed weights.
+
+    As fast as a grouped product over unpacked weights, or faster, from one token to a long prefill.
+    """
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
+        self.gate_up = [fixed_linear(weight) for weight in gate_up]
+        self.down = [fixed_linear(weight) for weight in down]
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden], weights and chosen [tokens, top_k] -> weighted sums [tokens, hidden]."""
+        if len(x) == 1:
+            return weights @ torch.cat([self.down[e](_silu_gate(self.gate_up[e](x))) for e in chosen[0].tolist()])
         pairs = chosen.view(-1)
         order = torch.argsort(pairs)
-        ends = torch.cumsum(torch.bincount(pairs, minlength=self.experts), 0, dtype=torch.int32)
-        rows = x[order // self.top_k]  # [pairs, hidden], grouped by expert
+        counts = torch.bincount(pairs, minlength=len(self.gate_up)).tolist()
+        hit = [(expert, count) for expert, count in enumerate(counts) if count]
+        sizes = [count for _, count in hit]
+        parts = x.index_select(0, order // chosen.shape[1]).split(sizes)
+        inner = torch.cat([self.gate_up[e](part) for (e, _), part in zip(hit, parts, strict=True)])
+        parts = _silu_gate(inner).split(sizes)
+        outer = torch.cat([self.down[e](part) for (e, _), part in zip(hit, parts, strict=True)])
+        return _combined(outer, order, weights)
+
+
+class GroupedExperts:
+    """On CUDA: pairs of token and expert sorted by expert, one grouped product each way."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
+        self.gate_up, self.down = gate_up, down
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden], weights and chosen [tokens, top_k] -> weighted sums [tokens, hidden]."""
+        pairs = chosen.view(-1)
+        order = torch.argsort(pairs)
+        ends = torch.cumsum(torch.bincount(pairs, minlength=len(self.gate_up)), 0, dtype=torch.int32)
+        rows = x[order // chosen.shape[1]]  # [pairs, hidden], grouped by expert
         rows = _grouped(_silu_gate(_grouped(rows, self.gate_up, ends)), self.down, ends)
-        unsorted = torch.empty_like(rows)
-        unsorted[order] = rows
-        return torch.bmm(weights.unsqueeze(1), unsorted.view(-1, self.top_k, rows.shape[-1])).squeeze(1)
+        return _combined(rows, order, weights)
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _combined(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """rows [pairs, hidden], row i of pair order[i]: summed by token, weighted."""
+    unsorted = torch.empty_like(rows)
+    unsorted[order] = rows
+    return torch.bmm(weights.unsqueeze(1), unsorted.view(*weights.shape, rows.shape[-1])).squeeze(1)
 
 
 def _silu_gate(gate_up: torch.Tensor) -> torch.Tensor:

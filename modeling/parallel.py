@@ -1,6 +1,6 @@
-"""Tensor-parallel pieces: the group of ranks, row-parallel linears, the vocabulary-parallel head.
+"""Tensor-parallel pieces: the group of ranks, column- and row-parallel linears, the vocabulary-parallel head.
 
-Column-parallel linears are plain ones that hold fewer rows. Partial sums are added by one all-reduce.
+Partial sums are added by one all-reduce.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from modeling.fixed_linear import fixed_linear
 from modeling.host_exchange import HostExchange, open_host_exchange
 
 
@@ -66,19 +67,30 @@ def join_ranks(rank: int, size: int, group: dist.ProcessGroup | None, device: st
     return RankGroup(rank, size, group, open_host_exchange(rank, size, group))
 
 
+class ColumnParallelLinear(nn.Module):
+    """y_r = x W_r^T (+ bias_r). weight: [out / size, in], this rank's output columns."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.multiply = fixed_linear(weight, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x)
+
+
 class RowParallelLinear(nn.Module):
     """y = sum over ranks of x_r W_r^T (+ bias, once). weight: [out, in / size], this rank's input columns."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, ranks: RankGroup):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        alone = ranks.size == 1
+        self.multiply = fixed_linear(weight, bias if alone else None)
+        self.bias = None if alone or bias is None else nn.Parameter(bias, requires_grad=False)
         self.ranks = ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.ranks.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = self.ranks.sum_(F.linear(x, self.weight))
+        y = self.ranks.sum_(self.multiply(x))
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -87,14 +99,14 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, weight: torch.Tensor, vocabulary: int, ranks: RankGroup):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.multiply = fixed_linear(weight)
         self.vocabulary = vocabulary
         self.ranks = ranks
         self.share = -(-vocabulary // ranks.size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [rows, hidden] -> float32 logits [rows, vocabulary] on rank 0, None on the others."""
-        logits = F.linear(hidden, self.weight)
+        logits = self.multiply(hidden)
         if self.ranks.size == 1:
             return logits.float()
         if logits.shape[-1] < self.share:  # the last rank's share of an uneven vocabulary

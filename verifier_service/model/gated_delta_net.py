@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling.fixed_linear import fixed_linear
 from modeling.parallel import RankGroup
 from verifier_service.model.delta_rule import one_block, one_token, unit
 from verifier_service.model.recurrent_state import RecurrentStates, Verified
@@ -57,7 +58,7 @@ class RaggedGatedDeltaNet(nn.Module):
         self.channels = weights.in_proj_qkv.shape[0]
         self.key_heads = (self.channels - self.heads * value_dim) // (2 * key_dim)
         # One product for everything that reads the layer's input.
-        self.in_proj = _frozen(
+        self.in_proj = fixed_linear(
             torch.cat([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
         )
         self.conv = _frozen(weights.conv1d.squeeze(1))  # [channels, kernel]
@@ -65,15 +66,13 @@ class RaggedGatedDeltaNet(nn.Module):
         self.kernel = self.conv.shape[1]
         self.negative_rate = _frozen(-weights.A_log.float().exp())
         self.dt_bias = _frozen(weights.dt_bias.float())
-        self.norm, self.out_proj = _frozen(weights.norm), _frozen(weights.out_proj)
+        self.norm, self.out_proj = _frozen(weights.norm), fixed_linear(weights.out_proj)
 
     def forward(self, hidden_states: torch.Tensor, *, step: Step, **_: Any) -> torch.Tensor:
         """[1, tokens, hidden] -> the same, summed over ranks."""
         assert step.states is not None, "a hybrid model needs recurrent states"
         width = self.heads * self.value_dim
-        mixed, gate, b, a = F.linear(hidden_states[0], self.in_proj).split(
-            [self.channels, width, self.heads, self.heads], dim=-1
-        )
+        mixed, gate, b, a = self.in_proj(hidden_states[0]).split([self.channels, width, self.heads, self.heads], dim=-1)
         beta = torch.sigmoid(b.float())
         log_decay = F.softplus(a.float() + self.dt_bias).mul_(self.negative_rate)
         outputs = []
@@ -87,7 +86,7 @@ class RaggedGatedDeltaNet(nn.Module):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
         output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
         output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
-        return self.ranks.sum_(F.linear(output, self.out_proj))[None]
+        return self.ranks.sum_(self.out_proj(output))[None]
 
     def _verify_one(
         self,

@@ -11,7 +11,7 @@ from torch import nn
 from modeling.families import Family
 from modeling.moe import SharedExpert, SparseMoe
 from modeling.norms import FusedRMSNorm
-from modeling.parallel import RankGroup, RowParallelLinear, VocabularyHead
+from modeling.parallel import ColumnParallelLinear, RankGroup, RowParallelLinear, VocabularyHead
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet
@@ -19,7 +19,10 @@ from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedD
 
 @dataclass(frozen=True)
 class RankModel:
-    """One rank's modules, ready to run. kv_shapes: (kv_heads, head_dim) by attention layer."""
+    """One rank's modules, ready to run. kv_shapes: (kv_heads, head_dim) by attention layer.
+
+    One copy of every weight is held, save for a tied head that is packed: its rows of the embedding are held as well.
+    """
 
     embedding: torch.Tensor  # [vocabulary, hidden], replicated: a vocabulary-parallel one would cost an all-reduce
     layers: tuple[nn.Module, ...]
@@ -61,7 +64,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
 
 
 def _fill(parent: nn.Module, prefix: str, weights: RankWeights, family: Family, ranks: RankGroup) -> None:
-    """Give every linear and norm below `parent` its tensors; swap in row-parallel linears and fused norms."""
+    """Give every linear and norm below `parent` its tensors; swap in parallel linears and fused norms."""
     for name, module in list(parent.named_children()):
         path = f"{prefix}{name}"
         if isinstance(module, nn.ModuleList) or name == "rotary_emb":
@@ -80,11 +83,7 @@ def _linear(module: nn.Linear, path: str, weights: RankWeights, ranks: RankGroup
     bias = None if module.bias is None else weights.take(f"{path}.bias", tuple(module.bias.shape))
     if weights.shards.of(f"{path}.weight").dim == 1:
         return RowParallelLinear(weight, bias, ranks)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        module.bias = nn.Parameter(bias, requires_grad=False)
-    module.out_features = weight.shape[0]
-    return module
+    return ColumnParallelLinear(weight, bias)
 
 
 def _delta_net(

@@ -72,6 +72,15 @@ def test_plain_decoding_has_the_stock_forwards_logits(family, targets):
     assert all(output.taps is None for output in outputs)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_have_the_stock_forwards_logits(family, targets, monkeypatch):
+    monkeypatch.setattr("modeling.fixed_linear.PACKED_FROM", {})  # as the large weights of a real target are
+    directory, texts, expected = targets[family]
+    runner = make_runner(directory)
+    steps = schedule(texts, tiny_targets.VOCABULARY, seed=9)
+    assert worst_difference([runner.forward(step.plan) for step in steps], steps, expected, ())[0] < 1e-4
+
+
 def test_the_last_layers_tap_is_taken_before_the_final_norm(targets):
     directory, texts, _ = targets["qwen3_5_moe"]
     runner = make_runner(directory, taps=(3,))

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drafter_service import linear
-from drafter_service.linear import fixed_linear
+from modeling import fixed_linear as module
+from modeling.fixed_linear import fixed_linear
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PACKED_FROM", {})
 
 
 @pytest.mark.parametrize("packable", [True, False])
@@ -17,7 +22,7 @@ def test_it_computes_what_torch_computes(
     monkeypatch: pytest.MonkeyPatch, packable: bool, with_bias: bool, rows: int
 ) -> None:
     if not packable:
-        monkeypatch.setattr(linear, "_packable", lambda weight: False)
+        monkeypatch.setattr(module, "_packable", lambda weight: False)
     torch.manual_seed(0)
     weight, bias, x = torch.randn(48, 32), torch.randn(48) if with_bias else None, torch.randn(rows, 32)
     with torch.inference_mode():
