@@ -88,6 +88,11 @@ def test_logits_that_are_not_finite_give_no_token_and_change_no_other_row(bad: f
     assert all(token == clean[row] for row, token in enumerate(tokens) if token != NO_TOKEN)
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 300, "top_p": 0.9}])
+def test_a_step_of_nothing_but_nan_gives_no_token(params: dict):
+    assert sample(torch.full((2, 4 * CANDIDATES), torch.nan), [draw(0, 2, **params)]) == [NO_TOKEN] * 2
+
+
 def test_a_masked_token_leaves_the_others_as_they_are():
     masked = LOGITS.clone()
     masked[0] = -torch.inf
