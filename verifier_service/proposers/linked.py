@@ -106,7 +106,7 @@ class LinkProposer:
             return
         for p in progress:
             if p.drafted:
-                control.verified(p.drafted, p.accepted)
+                control.verified(p.drafted, p.matched)
         if progress and not prefilled:  # every row is a verified one
             control.step(self._verified or len(progress), sum(p.drafted for p in progress), seconds)
 
