@@ -82,6 +82,7 @@ class LocalLink:
             block_size=self._welcome.block_size,
             window=self._welcome.window,
             sent_bytes=self._sent_bytes,
+            capacity_contexts=self._welcome.capacity_contexts,
         )
 
     @property
