@@ -55,9 +55,9 @@ def test_a_lost_drafter_costs_no_request_and_drafting_resumes_without_a_restart(
     wait_until_linked(app)
     expected = complete(client, app, 200)
     ranks, drafter = app.processes("VerifierRank"), app.processes("DrafterModel")
-    with Streams(client, app, 4) as texts:
+    with Streams(client, app, 8) as texts:
         os.kill(next(iter(drafter.values())), how)
-    assert [text == expected for text in texts] == [True] * 4
+    assert [text == expected for text in texts] == [True] * 8
     eventually(
         lambda: app.status().linked and set(app.processes("DrafterModel")).isdisjoint(drafter),
         REPLACED_S,
