@@ -1,6 +1,6 @@
 """Average the weights of two drafters of one training run: better on text neither has seen than the later of the two.
 
-    python -m models.build.average build/c build/d --out build/drafter
+python -m models.build.average build/c build/d --out build/drafter
 """
 
 from __future__ import annotations
