@@ -150,14 +150,14 @@ class Scheduler:
         """
         done: list[Progress] = []
         row = logit_row = 0
-        still_prefilling = True
+        prompts_complete = True
         for sequence, work in self._planned:
             count = len(work.token_ids)
             if isinstance(work, VerifyRow):
                 progress = self._commit_verify(sequence, work, samples, row, logit_row)
                 logit_row += count
             else:
-                still_prefilling = False
+                prompts_complete = False
                 progress = Progress(sequence, row, work.start, count)
                 sequence.computed += count
                 if work.completes_prompt:
@@ -169,7 +169,7 @@ class Scheduler:
             if progress.finish is not None:
                 del self._requests[sequence.key]
                 self._vacate(sequence)
-        if not still_prefilling:
+        if not prompts_complete:
             self._promote()
         self._planned = []
         return done
