@@ -150,14 +150,14 @@ class Scheduler:
         """
         done: list[Progress] = []
         row = logit_row = 0
-        prompts_complete = True
+        verify_only = True
         for sequence, work in self._planned:
             count = len(work.token_ids)
             if isinstance(work, VerifyRow):
                 progress = self._commit_verify(sequence, work, samples, row, logit_row)
                 logit_row += count
             else:
-                prompts_complete = False
+                verify_only = False
                 progress = Progress(sequence, row, work.start, count)
                 sequence.computed += count
                 if work.completes_prompt:
@@ -169,7 +169,7 @@ class Scheduler:
             if progress.finish is not None:
                 del self._requests[sequence.key]
                 self._vacate(sequence)
-        if not prompts_complete:
+        if not verify_only:
             self._promote()
         self._planned = []
         return done
