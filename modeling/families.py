@@ -144,6 +144,26 @@ def _qwen3_5_moe(config: TargetConfig) -> Shards:
     return _attention(config, 2) | _gated_delta_net(config) | experts | shared
 
 
+def _latent_attention(config: TargetConfig) -> Shards:
+    """Multi-head latent attention: query heads divided; what makes the latents (q_a, kv_a) is replicated."""
+    heads = config.integer("num_attention_heads")
+    content, rotary, value = (config.integer(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    query = Shard(0, (Section(heads, content + rotary),))
+    return {
+        "self_attn.q_proj.weight": query,  # where q_lora_rank is null
+        "self_attn.q_b_proj.weight": query,
+        "self_attn.kv_b_proj.weight": Shard(0, (Section(heads, content + value),)),
+        "self_attn.o_proj.weight": Shard(1, (Section(heads, value),)),
+    }
+
+
+def _deepseek_v3(config: TargetConfig) -> Shards:
+    width = config.integer("moe_intermediate_size")
+    shared = _mlp(width * config.integer("n_shared_experts"), "mlp.shared_experts")
+    dense = _mlp(config.integer("intermediate_size"))  # the first layers
+    return _latent_attention(config) | dense | _experts(width) | shared
+
+
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
@@ -152,7 +172,12 @@ _DENSE = ("num_attention_heads", "intermediate_size")
 _HYBRID = ("num_attention_heads", "linear_num_value_heads")
 _HYBRID_SHARED = ("num_key_value_heads", "linear_num_key_heads")
 
+# Latents are replicated: no KV heads to divide.
+_DEEPSEEK_V3 = Family(_deepseek_v3, ("num_attention_heads", "intermediate_size", "moe_intermediate_size"), ())
+
 FAMILIES: Mapping[str, Family] = {
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": _DEEPSEEK_V3,  # what published Kimi checkpoints call their text model
     "llama": Family(_llama, _DENSE),
     "qwen3": Family(_llama, _DENSE),
     "qwen3_moe": Family(_qwen3_moe, ("num_attention_heads", "moe_intermediate_size")),

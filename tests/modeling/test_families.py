@@ -25,7 +25,12 @@ TEXT = {
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
+    "n_shared_experts": 1,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
 }
+LATENT = ("deepseek_v3", "kimi_k2")
 
 
 def target(family: str, **text: int) -> TargetConfig:
@@ -74,7 +79,17 @@ def test_norms_are_replicated_and_the_head_is_divided_by_vocabulary(family):
 def test_projections_of_any_layer_are_divided(family):
     shards = shard_map(target(family), 2)
     assert shards.of("layers.11.self_attn.o_proj.weight").slices((64, 128), 1, 2) == [(slice(None), slice(64, 128))]
-    assert shards.of("layers.11.self_attn.k_proj.weight").slices((32, 64), 1, 2) == [(slice(16, 32),)]
+    if family not in LATENT:
+        assert shards.of("layers.11.self_attn.k_proj.weight").slices((32, 64), 1, 2) == [(slice(16, 32),)]
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_latent_attention_divides_heads_and_replicates_what_makes_latents(family):
+    shards = shard_map(target(family), 4)
+    assert shards.of("layers.1.self_attn.q_b_proj.weight").slices((192, 24), 1, 4) == [(slice(48, 96),)]
+    assert shards.of("layers.1.self_attn.kv_b_proj.weight").slices((256, 32), 3, 4) == [(slice(192, 256),)]
+    for name in ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"):
+        assert shards.of(f"layers.1.self_attn.{name}.weight") is REPLICATED
 
 
 def test_kv_heads_fewer_than_ranks_are_held_where_their_query_heads_are():
