@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,21 +13,24 @@ from torch import nn
 from modeling.fixed_linear import fixed_linear
 from modeling.parallel import RankGroup
 
+# float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]
+Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An expert that sees every token, weighted by a sigmoid gate. gate_up: [2 x width / size, hidden]."""
+    """An expert that sees every token; gate: weighs it by a sigmoid. gate_up: [2 x width / size, hidden]."""
 
     gate_up: torch.Tensor
     down: torch.Tensor  # [hidden, width / size]
-    gate: torch.Tensor  # [1, hidden]
+    gate: torch.Tensor | None  # [1, hidden]
 
 
 class SparseMoe(nn.Module):
-    """Top-k routing over softmax probabilities (Qwen3-MoE, Qwen3.5-MoE). SiLU-gated experts.
+    """SiLU-gated experts, of which `route` chooses some for every token.
 
-    router [experts, hidden]; gate_up [experts, 2 x width / size, hidden]; down [experts, hidden, width / size].
-    normalized: the chosen probabilities are scaled to add up to one.
+    router [experts, hidden], multiplied in its own dtype; gate_up [experts, 2 x width / size, hidden];
+    down [experts, hidden, width / size].
     """
 
     def __init__(
@@ -36,36 +40,31 @@ class SparseMoe(nn.Module):
         down: torch.Tensor,
         shared: SharedExpert | None,
         *,
-        top_k: int,
-        normalized: bool,
+        route: Route,
         ranks: RankGroup,
     ):
         super().__init__()
-        self.count = router.shape[0]
+        self.count, self.router_dtype = router.shape[0], router.dtype
+        self.gated = shared is not None and shared.gate is not None
         # The router and the shared expert's gate read the same input: one product serves both.
-        self.router = fixed_linear(router if shared is None else torch.cat([router, shared.gate]))
+        self.router = fixed_linear(
+            router if shared is None or shared.gate is None else torch.cat([router, shared.gate])
+        )
         self.experts = GroupedExperts(gate_up, down) if gate_up.is_cuda else LoopedExperts(gate_up, down)
         self.shared_gate_up = None if shared is None else fixed_linear(shared.gate_up)
         self.shared_down = None if shared is None else fixed_linear(shared.down)
-        self.top_k, self.normalized, self.ranks = top_k, normalized, ranks
+        self.route, self.ranks = route, ranks
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> the same shape, summed over ranks."""
         x = hidden.view(-1, hidden.shape[-1])
-        scores = self.router(x)
-        weights, chosen = self._route(scores[:, : self.count].float())
+        scores = self.router(x.to(self.router_dtype))
+        weights, chosen = self.route(scores[:, : self.count].float())
         total = self.experts(x, weights.to(x.dtype), chosen)
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = self.shared_down(_silu_gate(self.shared_gate_up(x)))
-            total.addcmul_(shared, torch.sigmoid(scores[:, self.count :]))
+            total = total.addcmul_(shared, torch.sigmoid(scores[:, self.count :])) if self.gated else total.add_(shared)
         return self.ranks.sum_(total).view(hidden.shape)
-
-    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.normalized:  # a softmax over the chosen ones is the whole softmax scaled to add up to one
-            best, chosen = torch.topk(logits, self.top_k, dim=-1)
-            return torch.softmax(best, dim=-1), chosen
-        weights, chosen = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
-        return weights, chosen
 
 
 class LoopedExperts:

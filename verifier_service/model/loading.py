@@ -12,6 +12,7 @@ from modeling.families import Family
 from modeling.moe import SharedExpert, SparseMoe
 from modeling.norms import FusedRMSNorm
 from modeling.parallel import ColumnParallelLinear, RankGroup, RowParallelLinear, VocabularyHead
+from modeling.routing import SoftmaxTopK
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet
@@ -128,8 +129,7 @@ def _moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) -> Spa
         weights.take(f"{prefix}experts.gate_up_proj", tuple(block.experts.gate_up_proj.shape)),
         weights.take(f"{prefix}experts.down_proj", tuple(block.experts.down_proj.shape)),
         shared,
-        top_k=block.gate.top_k,
-        normalized=getattr(block.gate, "norm_topk_prob", True),
+        route=SoftmaxTopK(block.gate.top_k, getattr(block.gate, "norm_topk_prob", True)),
         ranks=ranks,
     )
 
