@@ -18,6 +18,7 @@ import torch
 from cluster.contracts import Configure, Delta, EngineInfo, EngineRequest, Status
 from cluster.errors import OverloadedError
 from verifier_service.deadlines import Deadlines
+from verifier_service.drafting import Drafting
 from verifier_service.emission import Emission, Sink, error_delta
 from verifier_service.model.face import Runner
 from verifier_service.packing import PlanChannel
@@ -26,7 +27,7 @@ from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.sampling import Draw, sample
 from verifier_service.scheduler import SampledRows, Scheduler, SchedulerLimits
-from verifier_service.sequence import Key, Progress, RunningRequest, key_of
+from verifier_service.sequence import Key, RunningRequest, key_of
 from verifier_service.tally import Tally
 from verifier_service.validation import RequestLimits, problem
 
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 SPARE_COMMANDS = 64  # a step's worth beyond what can wait and run
-STOP_DRAFTING_S = 5.0
 MAX_SOFT_DEADLINE_S = 10.0
 
 
@@ -63,6 +63,7 @@ class Engine:
     """One target's engine. Use: start (a thread) or run (this thread); submit and abort from any thread; stop.
 
     info: what clients are told. channel: to the other ranks. block_size in info is 1 for plain decoding.
+    make_proposer: builds the successor of a proposer that failed, on another thread.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         info: EngineInfo,
         *,
         proposer: Proposer | None = None,
+        make_proposer: Callable[[], Proposer] = NoProposer,
         channel: PlanChannel | None = None,
         heartbeat_s: float = HEARTBEAT_S,
     ):
@@ -79,7 +81,7 @@ class Engine:
         self._runner = runner
         self._scheduler = Scheduler(limits)
         self._limits = RequestLimits(info.vocabulary, info.max_context, limits.blocks * limits.block_tokens)
-        self._proposer = proposer or NoProposer()
+        self._drafting = Drafting(proposer or NoProposer(), make_proposer, runner.set_taps)
         self._channel = channel or PlanChannel(None)
         self._heartbeat_s = heartbeat_s
         self._emission = Emission()
@@ -94,7 +96,6 @@ class Engine:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._step_ended = time.monotonic()
-        runner.set_taps(self._proposer.tap_layers)
 
     # Thread-safe.
 
@@ -129,13 +130,13 @@ class Engine:
         if deadline_s is not None and not 0 < deadline_s <= MAX_SOFT_DEADLINE_S:
             log.warning("soft_deadline_s %s is ignored: it is above 0, at most %g s", deadline_s, MAX_SOFT_DEADLINE_S)
             deadline_s = None
-        self._proposer.configure(drafts, deadline_s)
+        self._drafting.configure(Configure(drafts, deadline_s))
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
-        self._proposer.set_drafters(addresses)
+        self._drafting.set_drafters(addresses)
 
     def status(self, nonce: int = 0) -> Status:
-        scheduler, drafting = self._scheduler, self._proposer.state()
+        scheduler, drafting = self._scheduler, self._drafting.state()
         return Status(
             nonce=nonce,
             step=scheduler.step,
@@ -175,6 +176,7 @@ class Engine:
         self._begun = True
         try:
             while not self._stopping:
+                self._drafting.refresh()
                 self._take_commands()
                 self._expire()
                 if len(self._scheduler):
@@ -200,13 +202,13 @@ class Engine:
         assert output.logits is not None, "rank 0 gets the logits"
         samples = sample(output.logits, _draws(self._scheduler.sampled_rows())) if output.logits.shape[0] else []
         progress = self._scheduler.commit(samples)
-        self._advance(progress, output.taps)
+        self._drafting.advance(progress, output.taps)
         self._emission.emit(progress, output.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
-        drafting = self._collect()
+        drafting = self._drafting.collect()
         self._step_ended = time.monotonic()
         seconds = self._step_ended - began
-        self._guarded(lambda: self._proposer.learn(progress, bool(plan.prefill), seconds - drafting))
+        self._drafting.learn(progress, bool(plan.prefill), seconds - drafting)
         self._tally.step(plan, progress, seconds, forward, drafting)
 
     def _beat(self) -> None:
@@ -286,44 +288,13 @@ class Engine:
         for sink, deltas in by_sink.items():
             sink(deltas)
         self._ended.set()
-        self._stop_drafting(self._proposer).join(STOP_DRAFTING_S)
-
-    # Drafting can cost speed, never a request: what fails in it ends drafting and nothing else.
-
-    def _advance(self, progress: list[Progress], taps: torch.Tensor | None) -> None:
-        self._guarded(lambda: self._proposer.advance(progress, taps))
-
-    def _collect(self) -> float:
-        """Seconds of the step that went into drafting."""
-        spent = 0.0
-
-        def collect() -> None:
-            nonlocal spent
-            spent = self._proposer.collect()
-
-        self._guarded(collect)
-        return spent
+        self._drafting.stop()
 
     def _forget(self, sequences: list[RunningRequest]) -> None:
         if sequences:
             for sequence in sequences:
                 self._deadlines.forget(sequence.key)
-            self._guarded(lambda: self._proposer.forget(sequences))
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception:
-            log.exception("drafting failed in step %d; decoding plainly from here on", self._scheduler.step)
-            failed, self._proposer = self._proposer, NoProposer()
-            self._runner.set_taps(())
-            self._stop_drafting(failed)
-
-    def _stop_drafting(self, proposer: Proposer) -> threading.Thread:
-        """On a thread of its own: a drafter that does not answer must hold up neither the steps nor the end."""
-        thread = threading.Thread(target=proposer.stop, name="stop-drafting", daemon=True)
-        thread.start()
-        return thread
+            self._drafting.forget(sequences)
 
 
 def follow(runner: Runner, channel: PlanChannel) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -109,29 +110,14 @@ def build_engine(
 ) -> Engine:
     """Rank 0's engine over a loaded runner, with its proposer and link."""
     fingerprint = target_fingerprint(settings.target)
-    proposer: Proposer = NoProposer()
+    make_proposer: Callable[[], Proposer] = NoProposer
     block_size = 1
     if settings.speculation.mode != "none":
         assert make_link is not None, "rank 0 needs a link to draft"
         assert settings.drafter is not None, "settings without a drafter are refused when they are read"
         fuser = FeatureFuser.load(settings.drafter, getattr(torch, settings.dtype), settings.device)
         block_size = fuser.block_size
-        link = make_link(
-            settings,
-            fuser,
-            verifier_id=engine_id,
-            target_fingerprint=fingerprint,
-            vocabulary=runner.shape.vocabulary,
-        )
-        proposer = LinkProposer(
-            link,
-            fuser,
-            FeatureStore(settings.feature_store_bytes),
-            verifier_id=engine_id,
-            max_draft_tokens=settings.speculation.max_draft_tokens,
-            soft_deadline_s=settings.speculation.soft_deadline_s,
-            control=SpeculationControl(block_size - 1) if settings.speculation.adaptive else None,
-        )
+        make_proposer = partial(_proposer, settings, fuser, make_link, engine_id, fingerprint, runner.shape.vocabulary)
     info = EngineInfo(
         engine_id=engine_id,
         target_fingerprint=fingerprint,
@@ -140,7 +126,29 @@ def build_engine(
         max_requests=settings.max_requests,
         block_size=block_size,
     )
-    return Engine(runner, _limits(settings), info, proposer=proposer, channel=channel)
+    return Engine(
+        runner, _limits(settings), info, proposer=make_proposer(), make_proposer=make_proposer, channel=channel
+    )
+
+
+def _proposer(
+    settings: VerifierSettings,
+    fuser: FeatureFuser,
+    make_link: MakeLink,
+    engine_id: str,
+    fingerprint: str,
+    vocabulary: int,
+) -> LinkProposer:
+    speculation = settings.speculation
+    return LinkProposer(
+        make_link(settings, fuser, verifier_id=engine_id, target_fingerprint=fingerprint, vocabulary=vocabulary),
+        fuser,
+        FeatureStore(settings.feature_store_bytes),
+        verifier_id=engine_id,
+        max_draft_tokens=speculation.max_draft_tokens,
+        soft_deadline_s=speculation.soft_deadline_s,
+        control=SpeculationControl(fuser.block_size - 1) if speculation.adaptive else None,
+    )
 
 
 def _serve(engine: Engine, host: str, on_ready: Callable[[str], None]) -> None:

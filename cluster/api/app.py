@@ -103,6 +103,7 @@ def _operator_routes(core: RouterCore) -> APIRouter:
         engines = core.health()[1]
         core.metrics.engines.set(sum(engine.problem is None for engine in engines))
         core.metrics.waiting.set(sum(engine.waiting for engine in engines))
+        core.metrics.drafting_failures.set(sum(engine.drafting_failures for engine in engines))
         return Response(core.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes

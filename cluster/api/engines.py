@@ -20,7 +20,10 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 
 @dataclass(frozen=True)
 class EngineHealth:
-    """Of one address. problem: why no tokens can be had from it now, or None."""
+    """Of one address. problem: why no tokens can be had from it now, or None.
+
+    drafting_failures: how often drafting failed in it and was built afresh.
+    """
 
     address: str
     engine_id: str
@@ -28,6 +31,7 @@ class EngineHealth:
     running: int = 0
     waiting: int = 0
     linked: bool = False
+    drafting_failures: int = 0
 
 
 class Engines:
@@ -120,7 +124,15 @@ class Engine:
             problem = f"it has not answered a probe for {age:.1f} s"
         elif busy and status.seconds_since_step > self._settings.engine_silence_s:
             problem = f"it is busy, but has finished no step for {status.seconds_since_step:.1f} s"
-        return EngineHealth(self.address, client.info.engine_id, problem, status.running, status.waiting, status.linked)
+        return EngineHealth(
+            self.address,
+            client.info.engine_id,
+            problem,
+            status.running,
+            status.waiting,
+            status.linked,
+            int(status.counters.get("drafting_failures", 0)),
+        )
 
     async def leave(self) -> None:
         """Wait until nothing is under way, then stop."""

@@ -41,6 +41,9 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Choices that this router has under way.")
         self.waiting = self._gauge("num_requests_waiting", "Choices that wait in engines for a slot.")
         self.engines = self._gauge("num_engines_healthy", "Engines that tokens can be had from.")
+        self.drafting_failures = self._gauge(
+            "drafting_failures", "Times that drafting failed in the engines there are now, and was built afresh."
+        )
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were submitted.")
         self.first_token = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between tokens after the first step.")

@@ -75,11 +75,25 @@ class Guesser(NoProposer):
         return 0.0
 
 
-def make_engine(runner: FakeRunner | None = None, proposer=None, *, heartbeat_s: float = 60.0, **limits) -> Engine:
+def make_engine(
+    runner: FakeRunner | None = None,
+    proposer=None,
+    *,
+    make_proposer=NoProposer,
+    heartbeat_s: float = 60.0,
+    **limits,
+) -> Engine:
     sizes = {"slots": 4, "blocks": 40, "block_tokens": 4, "step_tokens": 32, "max_waiting": 50, **limits}
     runner = runner or FakeRunner(sizes["slots"], sizes["blocks"], sizes["block_tokens"], max_context=128)
     info = EngineInfo("e", "f", 128, 64, sizes["slots"], 8)
-    return Engine(runner, SchedulerLimits(**sizes), info, proposer=proposer, heartbeat_s=heartbeat_s)
+    return Engine(
+        runner,
+        SchedulerLimits(**sizes),
+        info,
+        proposer=proposer,
+        make_proposer=make_proposer,
+        heartbeat_s=heartbeat_s,
+    )
 
 
 @pytest.fixture

@@ -105,6 +105,14 @@ def with_client(loop, engine, use):
     return loop.run(session())
 
 
+def test_metrics_tell_how_often_drafting_failed_in_all_engines(serve, new_engine):
+    engines = [new_engine(name) for name in "ab"]
+    for failures, engine in enumerate(engines, 2):
+        engine.counters = {"drafting_failures": float(failures)}
+    served = serve(*engines)
+    eventually(lambda: served.metric("drafting_failures") == 5)
+
+
 def test_streams_of_one_connection_do_not_mix(loop, engine):
     async def all_tokens(client, choice):
         with client.submit(request(choice=choice)) as deltas:
