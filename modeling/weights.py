@@ -47,8 +47,11 @@ class RankWeights:
         self.tensors = 0
         self._progress = progress
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """This rank's part of a tensor. shape: what the whole must measure. Raises CheckpointError if it does not."""
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """This rank's part of a tensor. shape: what the whole must measure. Raises CheckpointError if it does not.
+
+        dtype: of a tensor that needs another than the compute dtype.
+        """
         stored = self._stored_name(name)
         if stored not in self.reader and name.endswith((GATE_UP, DOWN)):
             return self._done(self._fuse_experts(name, shape[0]))
@@ -58,7 +61,7 @@ class RankWeights:
                 f"{stored} in {self.reader.directory} has shape {actual}, config.json implies {tuple(shape)}: "
                 "the configuration belongs to another checkpoint"
             )
-        return self._done(self._read(stored, self.shards.of(name)).to(self.device))
+        return self._done(self._read(stored, self.shards.of(name), dtype).to(self.device))
 
     def _done(self, tensor: torch.Tensor) -> torch.Tensor:
         self.tensors += 1
@@ -72,12 +75,12 @@ class RankWeights:
             return self.layout.head or self.layout.embedding
         return self.layout.body + name
 
-    def _read(self, stored: str, shard: Shard) -> torch.Tensor:
+    def _read(self, stored: str, shard: Shard, dtype: torch.dtype | None = None) -> torch.Tensor:
         try:
             pieces = shard.slices(self.reader.shape(stored), self.rank, self.size)
         except CheckpointError as error:
             raise CheckpointError(f"{stored} in {self.reader.directory}: {error}") from error
-        tensors = [self.reader.read(stored, piece, self.dtype) for piece in pieces]
+        tensors = [self.reader.read(stored, piece, dtype or self.dtype) for piece in pieces]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=shard.dim or 0)
 
     def _fuse_experts(self, name: str, count: int) -> torch.Tensor:

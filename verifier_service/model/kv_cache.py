@@ -26,6 +26,24 @@ class LayerCache:
         return keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
 
 
+@dataclass(frozen=True)
+class LatentCache:
+    """One latent-attention layer's latents, each with its rotary key: [blocks, block_tokens, width], written in place.
+
+    All heads read the same latents: there is nothing to divide, every rank holds all of them.
+    """
+
+    latents: torch.Tensor
+
+    def write(self, rows: torch.Tensor, latents: torch.Tensor) -> None:
+        """Store latents [tokens, width] at `rows` [tokens] (block x block_tokens + offset)."""
+        self.latents.view(-1, self.latents.shape[2]).index_copy_(0, rows, latents)
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The tokens of `blocks` [n], in order: [n x block_tokens, width]."""
+        return self.latents.index_select(0, blocks).view(-1, self.latents.shape[2])
+
+
 class BlockTables:
     """Per slot, the block ids that hold its tokens, in order. Host memory; mutated by the runner only."""
 

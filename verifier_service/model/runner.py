@@ -15,7 +15,7 @@ from modeling.target_config import read_target_config
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.face import ForwardOutput, ModelShape
-from verifier_service.model.kv_cache import BlockTables, LayerCache
+from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
 from verifier_service.model.loading import RankModel, load_rank
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.model.rotary import RotaryTable
@@ -60,16 +60,19 @@ class TargetRunner:
         limit = min(config.max_context, max_context or config.max_context)
         with torch.inference_mode():
             caches = _caches(self._model, num_blocks, block_tokens, dtype, device)
+            latents = _latents(self._model, num_blocks, block_tokens, dtype, device)
             self._states = _states(self._model, num_slots, dtype, device)
         self._rotary = RotaryTable(self._model.rotary, dtype, device)
         self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
-        self._builder = StepBuilder(self._tables, caches, self._states, max_context=limit, dtype=dtype, device=device)
+        self._builder = StepBuilder(
+            self._tables, caches, latents, self._states, max_context=limit, dtype=dtype, device=device
+        )
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
         self.shape = ModelShape(
             vocabulary=config.vocabulary,
             hidden=config.hidden,
             max_context=limit,
-            kv_bytes_per_token=sum(2 * heads * dim for heads, dim in self._model.kv_shapes.values()) * dtype.itemsize,
+            kv_bytes_per_token=self._model.kv_values_per_token * dtype.itemsize,
         )
         self._taps: tuple[int, ...] = ()
         self.set_taps(taps)
@@ -148,6 +151,15 @@ def _caches(model: RankModel, blocks: int, block_tokens: int, dtype: torch.dtype
         return torch.zeros(blocks, block_tokens, heads, dim, dtype=dtype, device=device)
 
     return {layer: LayerCache(empty(*shape), empty(*shape)) for layer, shape in model.kv_shapes.items()}
+
+
+def _latents(
+    model: RankModel, blocks: int, block_tokens: int, dtype: torch.dtype, device: str
+) -> dict[int, LatentCache]:
+    return {
+        layer: LatentCache(torch.zeros(blocks, block_tokens, width, dtype=dtype, device=device))
+        for layer, width in model.latent_widths.items()
+    }
 
 
 def _states(model: RankModel, slots: int, dtype: torch.dtype, device: str) -> RecurrentStates | None:

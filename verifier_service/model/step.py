@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from verifier_service.model.kv_cache import BlockTables, LayerCache
+from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
@@ -62,11 +62,13 @@ class Step:
     positions: torch.Tensor  # [tokens]
     kv_rows: torch.Tensor  # [tokens]
     segments: tuple[Segment, ...]
+    works: tuple[tuple[Segment, ...], ...]  # the same segments, by verify row and prefill chunk
     verify: VerifyWindow | None
     prefill: tuple[PrefillPart, ...]
     longest_context: int
     logit_rows: torch.Tensor | None  # [rows wanted]; None: exactly the verify tokens
-    caches: dict[int, LayerCache]
+    caches: dict[int, LayerCache]  # of the layers that attend to keys and values
+    latents: dict[int, LatentCache]  # of the layers that attend to latents
     states: RecurrentStates | None
 
 
@@ -77,13 +79,14 @@ class StepBuilder:
         self,
         tables: BlockTables,
         caches: dict[int, LayerCache],
+        latents: dict[int, LatentCache],
         states: RecurrentStates | None,
         *,
         max_context: int,
         dtype: torch.dtype,
         device: str | torch.device,
     ):
-        self.tables, self.caches, self.states = tables, caches, states
+        self.tables, self.caches, self.latents, self.states = tables, caches, latents, states
         self.dtype, self.device = dtype, device
         self._counting = torch.arange(max_context, device=device)
 
@@ -92,7 +95,7 @@ class StepBuilder:
         tokens: list[int] = []
         positions: list[int] = []
         kv_rows: list[np.ndarray] = []
-        segments: list[Segment] = []
+        works: list[tuple[Segment, ...]] = []
         prefill: list[PrefillPart] = []
         wanted: list[int] = []
         longest = 0
@@ -105,7 +108,7 @@ class StepBuilder:
             kv_rows.append(blocks[at // size] * size + at % size)
             tokens.extend(work.token_ids)
             positions.extend(range(work.start, stop))
-            segments.extend(self._segments(work, first, self._tensor(blocks)))
+            works.append(tuple(self._segments(work, first, self._tensor(blocks))))
             longest = max(longest, stop)
             if isinstance(work, PrefillChunk):
                 prefill.append(PrefillPart(first, len(tokens), work.slot, work.start == 0))
@@ -116,12 +119,14 @@ class StepBuilder:
             token_ids=self._indices(tokens),
             positions=self._indices(positions),
             kv_rows=self._tensor(kv_rows[0] if len(kv_rows) == 1 else np.concatenate(kv_rows)),
-            segments=tuple(segments),
+            segments=tuple(segment for work in works for segment in work),
+            works=tuple(works),
             verify=self._window(plan.verify, verified) if plan.verify else None,
             prefill=tuple(prefill),
             longest_context=longest,
             logit_rows=self._indices([*range(verified), *wanted]) if plan.prefill else None,
             caches=self.caches,
+            latents=self.latents,
             states=self.states,
         )
 

@@ -60,6 +60,14 @@ def is_attention_layer(layer: nn.Module) -> bool:
     return hasattr(layer, "self_attn")
 
 
+def is_latent_attention(attention: nn.Module) -> bool:
+    return hasattr(attention, "kv_lora_rank")
+
+
+def is_sigmoid_router(router: nn.Module) -> bool:
+    return hasattr(router, "e_score_correction_bias")
+
+
 def is_moe(mlp: nn.Module) -> bool:
     return hasattr(mlp, "experts")
 

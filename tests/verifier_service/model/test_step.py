@@ -13,7 +13,7 @@ def test_short_rows_are_padded_with_a_token_of_their_own():
     tables = BlockTables(slots=3, max_blocks=4, block_tokens=4, blocks=3)
     for slot in range(3):
         tables.append(slot, slot)
-    builder = StepBuilder(tables, {}, None, max_context=16, dtype=torch.float32, device="cpu")
+    builder = StepBuilder(tables, {}, {}, None, max_context=16, dtype=torch.float32, device="cpu")
     rows = tuple(VerifyRow(slot, 0, tuple(range(count))) for slot, count in enumerate((2, 3, 1)))
     window = builder.build(StepPlan(1, verify=rows)).verify
     assert window is not None

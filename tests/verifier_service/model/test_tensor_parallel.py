@@ -32,9 +32,16 @@ FAMILIES = tuple(tiny_targets.CONFIGS)
 TAPS = (0, 1)
 SIZE = 2
 SOCKETS_ONLY = ("qwen3_moe",)  # as ranks on two hosts would run
-# Layers x KV heads of a rank; qwen3 has one KV head, which both ranks hold.
-KV_HEADS = {"llama": 3 * 2, "qwen3": 3 * 1, "qwen3_moe": 3 * 2, "qwen3_5": 2, "qwen3_5_moe": 2}
-REPLICATED = r"norm|embed_tokens|mlp\.gate\.weight|shared_expert_gate|o_proj\.bias"
+# Layers x KV heads of a rank x 2 x head_dim; qwen3 has one KV head, which both ranks hold.
+KV_VALUES = {
+    "llama": 3 * 2 * 32,
+    "qwen3": 3 * 1 * 32,
+    "qwen3_moe": 3 * 2 * 32,
+    "qwen3_5": 2 * 32,
+    "qwen3_5_moe": 2 * 32,
+}
+KV_VALUES["deepseek_v3"] = 3 * (32 + 8)  # layers x latent and rotary key, the same on every rank
+REPLICATED = r"norm|embed_tokens|mlp\.gate\.|shared_expert_gate|o_proj\.bias|_a_proj"
 
 
 def _rank(rank: int, directories: dict[str, Path], rendezvous: str, out: Path) -> None:
@@ -120,6 +127,6 @@ def test_each_rank_reads_its_shard_and_the_replicated_rest_only(family, ran):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_rank_caches_its_own_kv_heads_only(family, ran):
+def test_each_rank_caches_its_own_kv_heads_only_and_latents_in_full(family, ran):
     for rank in range(SIZE):
-        assert ran[1][family, rank]["kv"] == KV_HEADS[family] * 2 * 16 * 4
+        assert ran[1][family, rank]["kv"] == KV_VALUES[family] * 4

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -36,12 +37,46 @@ _HYBRID: dict[str, Any] = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
 }
+_YARN: dict[str, Any] = {  # as published, with a shorter beginning
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 64.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_LATENT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "rope_parameters": _YARN,
+}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**{**_DENSE, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3": Qwen3Config(**{**_DENSE, "num_key_value_heads": 1}),
     "qwen3_moe": Qwen3MoeConfig(**_DENSE, **_EXPERTS, mlp_only_layers=[1], norm_topk_prob=True),
     "qwen3_5": Qwen3_5TextConfig(**_HYBRID, intermediate_size=96),
     "qwen3_5_moe": Qwen3_5MoeTextConfig(**_HYBRID, **_EXPERTS, shared_expert_intermediate_size=48),
+    "deepseek_v3": DeepseekV3Config(**_LATENT),  # as Kimi is: one group of experts, long by yarn
 }
 
 
@@ -56,6 +91,9 @@ def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
                 parameter.normal_(0, 0.08, generator=generator)
             elif "norm" in name or "bias" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(0, 0.1, generator=generator)
     model.tie_weights()
     model.save_pretrained(directory, max_shard_size="200KB")  # several shards and an index
     return model
