@@ -108,12 +108,19 @@ def _experts(width: int) -> Shards:
 
 
 def _gated_delta_net(config: TargetConfig) -> Shards:
-    """Linear attention, heads divided: the fused qkv and its convolution section by section."""
+    """Linear attention, heads divided: the fused qkv and its convolution section by section.
+
+    Qwen3-Next fuses further and interleaves: in_proj_qkvz and in_proj_ba hold one key head after the other, each with
+    its query, key, values and gates.
+    """
     key_heads, value_heads = config.integer("linear_num_key_heads"), config.integer("linear_num_value_heads")
     key_dim, value_dim = config.integer("linear_key_head_dim"), config.integer("linear_value_head_dim")
     key, value = Section(key_heads, key_dim, shared=True), Section(value_heads, value_dim)
     per_head = Shard(0, (Section(value_heads),))
+    values = value_heads // key_heads  # of one key head
     return {
+        "linear_attn.in_proj_qkvz.weight": Shard(0, (Section(key_heads, 2 * key_dim + 2 * values * value_dim),)),
+        "linear_attn.in_proj_ba.weight": Shard(0, (Section(key_heads, 2 * values),)),
         "linear_attn.in_proj_qkv.weight": Shard(0, (key, key, value)),
         "linear_attn.conv1d.weight": Shard(0, (key, key, value)),
         "linear_attn.in_proj_z.weight": Shard(0, (value,)),
@@ -134,6 +141,10 @@ def _qwen3_moe(config: TargetConfig) -> Shards:
     return _attention(config) | _mlp(config.integer("intermediate_size")) | experts  # some layers may be dense
 
 
+def _qwen3_next(config: TargetConfig) -> Shards:
+    return _qwen3_5_moe(config) | _mlp(config.integer("intermediate_size"))  # some layers may be dense
+
+
 def _qwen3_5(config: TargetConfig) -> Shards:
     return _attention(config, 2) | _gated_delta_net(config) | _mlp(config.integer("intermediate_size"))
 
@@ -142,6 +153,17 @@ def _qwen3_5_moe(config: TargetConfig) -> Shards:
     shared = _mlp(config.integer("shared_expert_intermediate_size"), "mlp.shared_expert")
     experts = _experts(config.integer("moe_intermediate_size"))
     return _attention(config, 2) | _gated_delta_net(config) | experts | shared
+
+
+def _gpt_oss(config: TargetConfig) -> Shards:
+    """Experts are [experts, in, out], gate and up interleaved; down_proj_bias is replicated, as o_proj's bias is."""
+    pairs = Section(config.integer("intermediate_size"), 2)
+    return _attention(config) | {
+        "self_attn.sinks": Shard(0, (Section(config.integer("num_attention_heads")),)),
+        "mlp.experts.gate_up_proj": Shard(2, (pairs,)),
+        "mlp.experts.gate_up_proj_bias": Shard(1, (pairs,)),
+        "mlp.experts.down_proj": Shard(1, (Section(config.integer("intermediate_size")),)),
+    }
 
 
 def _latent_attention(config: TargetConfig) -> Shards:
@@ -178,9 +200,15 @@ _DEEPSEEK_V3 = Family(_deepseek_v3, ("num_attention_heads", "intermediate_size",
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,  # what published Kimi checkpoints call their text model
+    "gpt_oss": Family(_gpt_oss, _DENSE),
     "llama": Family(_llama, _DENSE),
     "qwen3": Family(_llama, _DENSE),
     "qwen3_moe": Family(_qwen3_moe, ("num_attention_heads", "moe_intermediate_size")),
+    "qwen3_next": Family(
+        _qwen3_next,
+        (*_HYBRID, "linear_num_key_heads", "moe_intermediate_size", "shared_expert_intermediate_size"),
+        zero_centered_norms=True,
+    ),
     "qwen3_5_text": Family(_qwen3_5, (*_HYBRID, "intermediate_size"), _HYBRID_SHARED, zero_centered_norms=True),
     "qwen3_5_moe_text": Family(
         _qwen3_5_moe,

@@ -92,6 +92,21 @@ def test_latent_attention_divides_heads_and_replicates_what_makes_latents(family
         assert shards.of(f"layers.1.self_attn.{name}.weight") is REPLICATED
 
 
+def test_a_fused_and_interleaved_delta_net_is_divided_by_key_head():
+    shards = shard_map(target("qwen3_next"), 2)
+    assert shards.of("layers.0.linear_attn.in_proj_qkvz.weight").slices((256, 64), 1, 2) == [(slice(128, 256),)]
+    assert shards.of("layers.0.linear_attn.in_proj_ba.weight").slices((16, 64), 1, 2) == [(slice(8, 16),)]
+
+
+def test_interleaved_gates_stay_with_their_values():
+    shards = shard_map(target("gpt_oss"), 2)
+    whole = slice(None)
+    assert shards.of("layers.0.mlp.experts.gate_up_proj").slices((4, 64, 192), 1, 2) == [(whole, whole, slice(96, 192))]
+    assert shards.of("layers.0.mlp.experts.gate_up_proj_bias").slices((4, 192), 0, 2) == [(whole, slice(0, 96))]
+    assert shards.of("layers.0.mlp.experts.down_proj").slices((4, 96, 64), 0, 2) == [(whole, slice(0, 48))]
+    assert shards.of("layers.0.self_attn.sinks").slices((8,), 1, 2) == [(slice(4, 8),)]
+
+
 def test_kv_heads_fewer_than_ranks_are_held_where_their_query_heads_are():
     key = shard_map(target("llama"), 4).of("layers.0.self_attn.k_proj.weight")
     assert [key.slices((32, 64), rank, 4) for rank in range(4)] == [
