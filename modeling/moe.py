@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.fixed_linear import fixed_linear
+from modeling.fixed_linear import Linear, fixed_linear
+from modeling.gates import Gate, silu_gate
 from modeling.parallel import RankGroup
 
 # float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]
@@ -26,31 +28,50 @@ class SharedExpert:
     gate: torch.Tensor | None  # [1, hidden]
 
 
-class SparseMoe(nn.Module):
-    """SiLU-gated experts, of which `route` chooses some for every token.
+@dataclass(frozen=True)
+class ExpertWeights:
+    """gate_up [experts, 2 x width / size, hidden], all gates first; down [experts, hidden, width / size].
 
-    router [experts, hidden], multiplied in its own dtype; gate_up [experts, 2 x width / size, hidden];
-    down [experts, hidden, width / size].
+    Biases [experts, the same rows]; down's is added once: only the first rank has it.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+class Experts(Protocol):
+    """This rank's slices of all routed experts."""
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden], weights and chosen [tokens, top_k] -> weighted partial sums [tokens, hidden]."""
+
+
+class SparseMoe(nn.Module):
+    """Experts, of which `route` chooses some for every token, and perhaps one that sees them all.
+
+    router [experts, hidden], multiplied in its own dtype; router_bias [experts].
     """
 
     def __init__(
         self,
         router: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        experts: Experts,
         shared: SharedExpert | None,
         *,
         route: Route,
         ranks: RankGroup,
+        router_bias: torch.Tensor | None = None,
     ):
         super().__init__()
         self.count, self.router_dtype = router.shape[0], router.dtype
         self.gated = shared is not None and shared.gate is not None
-        # The router and the shared expert's gate read the same input: one product serves both.
-        self.router = fixed_linear(
-            router if shared is None or shared.gate is None else torch.cat([router, shared.gate])
-        )
-        self.experts = GroupedExperts(gate_up, down) if gate_up.is_cuda else LoopedExperts(gate_up, down)
+        if shared is not None and shared.gate is not None:
+            assert router_bias is None, "no family has both"
+            router = torch.cat([router, shared.gate])  # both read the same input: one product serves both
+        self.router = fixed_linear(router, router_bias)
+        self.experts = experts
         self.shared_gate_up = None if shared is None else fixed_linear(shared.gate_up)
         self.shared_down = None if shared is None else fixed_linear(shared.down)
         self.route, self.ranks = route, ranks
@@ -62,9 +83,14 @@ class SparseMoe(nn.Module):
         weights, chosen = self.route(scores[:, : self.count].float())
         total = self.experts(x, weights.to(x.dtype), chosen)
         if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = self.shared_down(_silu_gate(self.shared_gate_up(x)))
+            shared = self.shared_down(silu_gate(self.shared_gate_up(x)))
             total = total.addcmul_(shared, torch.sigmoid(scores[:, self.count :])) if self.gated else total.add_(shared)
         return self.ranks.sum_(total).view(hidden.shape)
+
+
+def unpacked_experts(weights: ExpertWeights, gate: Gate = silu_gate) -> Experts:
+    """Experts whose weights are plain matrices, computed the way that suits their device."""
+    return GroupedExperts(weights, gate) if weights.gate_up.is_cuda else LoopedExperts(weights, gate)
 
 
 class LoopedExperts:
@@ -73,14 +99,14 @@ class LoopedExperts:
     As fast as a grouped product over unpacked weights, or faster, from one token to a long prefill.
     """
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
-        self.gate_up = [fixed_linear(weight) for weight in gate_up]
-        self.down = [fixed_linear(weight) for weight in down]
+    def __init__(self, weights: ExpertWeights, gate: Gate):
+        self.gate_up = _linears(weights.gate_up, weights.gate_up_bias)
+        self.down = _linears(weights.down, weights.down_bias)
+        self.gate = gate
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden], weights and chosen [tokens, top_k] -> weighted sums [tokens, hidden]."""
         if len(x) == 1:
-            return weights @ torch.cat([self.down[e](_silu_gate(self.gate_up[e](x))) for e in chosen[0].tolist()])
+            return weights @ torch.cat([self.down[e](self.gate(self.gate_up[e](x))) for e in chosen[0].tolist()])
         pairs = chosen.view(-1)
         order = torch.argsort(pairs)
         counts = torch.bincount(pairs, minlength=len(self.gate_up)).tolist()
@@ -88,7 +114,7 @@ class LoopedExperts:
         sizes = [count for _, count in hit]
         parts = x.index_select(0, order // chosen.shape[1]).split(sizes)
         inner = torch.cat([self.gate_up[e](part) for (e, _), part in zip(hit, parts, strict=True)])
-        parts = _silu_gate(inner).split(sizes)
+        parts = self.gate(inner).split(sizes)
         outer = torch.cat([self.down[e](part) for (e, _), part in zip(hit, parts, strict=True)])
         return _combined(outer, order, weights)
 
@@ -96,17 +122,25 @@ class LoopedExperts:
 class GroupedExperts:
     """On CUDA: pairs of token and expert sorted by expert, one grouped product each way."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, weights: ExpertWeights, gate: Gate):
+        self.weights, self.gate = weights, gate
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden], weights and chosen [tokens, top_k] -> weighted sums [tokens, hidden]."""
+        own = self.weights
         pairs = chosen.view(-1)
         order = torch.argsort(pairs)
-        ends = torch.cumsum(torch.bincount(pairs, minlength=len(self.gate_up)), 0, dtype=torch.int32)
-        rows = x[order // chosen.shape[1]]  # [pairs, hidden], grouped by expert
-        rows = _grouped(_silu_gate(_grouped(rows, self.gate_up, ends)), self.down, ends)
+        ends = torch.cumsum(torch.bincount(pairs, minlength=len(own.gate_up)), 0, dtype=torch.int32)
+        rows = _grouped(x[order // chosen.shape[1]], own.gate_up, ends)  # [pairs, 2 x width], grouped by expert
+        if own.gate_up_bias is not None:
+            rows = rows.add_(own.gate_up_bias[pairs[order]])
+        rows = _grouped(self.gate(rows), own.down, ends)
+        if own.down_bias is not None:
+            rows = rows.add_(own.down_bias[pairs[order]])
         return _combined(rows, order, weights)
+
+
+def _linears(weight: torch.Tensor, bias: torch.Tensor | None) -> list[Linear]:
+    return [fixed_linear(weight[e], None if bias is None else bias[e]) for e in range(len(weight))]
 
 
 def _combined(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -114,11 +148,6 @@ def _combined(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) ->
     unsorted = torch.empty_like(rows)
     unsorted[order] = rows
     return torch.bmm(weights.unsqueeze(1), unsorted.view(*weights.shape, rows.shape[-1])).squeeze(1)
-
-
-def _silu_gate(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def _grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
-from modeling.moe import GroupedExperts, LoopedExperts
+from modeling.gates import ClampedGate, silu_gate
+from modeling.moe import ExpertWeights, GroupedExperts, LoopedExperts
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 2, 32, 16
 
@@ -23,8 +25,30 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
     x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)
     chosen = torch.stack([torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(tokens)])  # nobody chooses the last
     with torch.inference_mode():
-        got = kind(gate_up, down)(x, weights, chosen)
+        got = kind(ExpertWeights(gate_up, down), silu_gate)(x, weights, chosen)
         gate, up = torch.einsum("th,eoh->teo", x, gate_up).chunk(2, dim=-1)
         every = torch.einsum("teo,eho->teh", F.silu(gate) * up, down)  # [tokens, experts, hidden]
         want = (every.gather(1, chosen[..., None].expand(-1, -1, HIDDEN)) * weights[..., None]).sum(1)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LoopedExperts, GroupedExperts])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_biases_and_clamped_gates_are_those_of_gpt_oss(kind: type[LoopedExperts | GroupedExperts], tokens: int) -> None:
+    torch.manual_seed(tokens)
+    config = GptOssConfig(num_local_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, swiglu_limit=2.0)
+    stock = GptOssExperts(config)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter)  # gates and values beyond the limit
+    x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)
+    chosen = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
+    with torch.inference_mode():
+        gate_up, bias = stock.gate_up_proj.mT, stock.gate_up_proj_bias
+        own = ExpertWeights(
+            gate_up=torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1),
+            down=stock.down_proj.mT.contiguous(),
+            gate_up_bias=torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1),
+            down_bias=stock.down_proj_bias,
+        )
+        got = kind(own, ClampedGate(alpha=1.702, limit=2.0))(x, weights, chosen)
+        torch.testing.assert_close(got, stock(x, chosen, weights), atol=1e-4, rtol=1e-4)

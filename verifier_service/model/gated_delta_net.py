@@ -34,6 +34,21 @@ class DeltaNetWeights:
     out_proj: torch.Tensor
 
 
+def split_by_part(
+    qkvz: torch.Tensor, ba: torch.Tensor, key_heads: int, key_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Qwen3-Next's projections as Qwen3.5's: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a.
+
+    The rows of qkvz [rows, hidden] and ba [2 x value heads, hidden] go key head by key head: its query and key, then
+    the values of its value heads, then their gates; likewise their b, then their a.
+    """
+    grouped = qkvz.view(key_heads, -1, qkvz.shape[1])
+    values = grouped.shape[1] // 2 - key_dim
+    query, key, value, gate = (part.flatten(0, 1) for part in grouped.split([key_dim, key_dim, values, values], dim=1))
+    beta, decay = ba.view(key_heads, -1, ba.shape[1]).chunk(2, dim=1)
+    return torch.cat([query, key, value]), gate, beta.flatten(0, 1), decay.flatten(0, 1)
+
+
 class RaggedGatedDeltaNet(nn.Module):
     """Replaces transformers' GatedDeltaNet. Reads and writes the states of step.states at index `state_layer`.
 

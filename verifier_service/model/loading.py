@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from modeling.families import Family
-from modeling.moe import Route, SharedExpert, SparseMoe
 from modeling.norms import FusedRMSNorm
 from modeling.parallel import ColumnParallelLinear, RankGroup, RowParallelLinear, VocabularyHead
-from modeling.routing import SigmoidTopK, SoftmaxTopK
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
-from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet
+from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet, split_by_part
 from verifier_service.model.latent_attention import LatentAttention, LatentShape
+from verifier_service.model.moe_loading import load_moe
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     for index, layer in enumerate(body.layers):
         prefix = f"layers.{index}."
         if touchpoints.is_moe(layer.mlp):
-            layer.mlp = _moe(layer.mlp, f"{prefix}mlp.", weights, ranks)
+            layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", weights, ranks)
         if not touchpoints.is_attention_layer(layer):
             layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", weights, len(recurrent), ranks)
             recurrent.append(layer.linear_attn)
@@ -64,6 +63,9 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
         _fill(layer, prefix, weights, family, ranks)
         if touchpoints.is_attention_layer(layer) and index not in latent_widths:
             attention = layer.self_attn
+            if touchpoints.has_sinks(attention):
+                sinks = weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
+                attention.sinks = nn.Parameter(sinks, requires_grad=False)
             kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
     _fill(body, "", weights, family, ranks)
     return RankModel(
@@ -137,20 +139,25 @@ def _latent_attention(
 def _delta_net(
     module: Any, prefix: str, weights: RankWeights, state_layer: int, ranks: RankGroup
 ) -> RaggedGatedDeltaNet:
-    def take(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return weights.take(prefix + name, tuple(tensor.shape))
+    def take(name: str) -> torch.Tensor:
+        return weights.take(prefix + name, tuple(module.get_parameter(name).shape))
 
+    if touchpoints.has_interleaved_projections(module):
+        qkvz, ba = take("in_proj_qkvz.weight"), take("in_proj_ba.weight")
+        qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // ranks.size, module.head_k_dim)
+    else:
+        qkv, z, b, a = (take(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
     return RaggedGatedDeltaNet(
         DeltaNetWeights(
-            in_proj_qkv=take("in_proj_qkv.weight", module.in_proj_qkv.weight),
-            in_proj_z=take("in_proj_z.weight", module.in_proj_z.weight),
-            in_proj_b=take("in_proj_b.weight", module.in_proj_b.weight),
-            in_proj_a=take("in_proj_a.weight", module.in_proj_a.weight),
-            conv1d=take("conv1d.weight", module.conv1d.weight),
-            A_log=take("A_log", module.A_log),
-            dt_bias=take("dt_bias", module.dt_bias),
-            norm=take("norm.weight", module.norm.weight),
-            out_proj=take("out_proj.weight", module.out_proj.weight),
+            in_proj_qkv=qkv,
+            in_proj_z=z,
+            in_proj_b=b,
+            in_proj_a=a,
+            conv1d=take("conv1d.weight"),
+            A_log=take("A_log"),
+            dt_bias=take("dt_bias"),
+            norm=take("norm.weight"),
+            out_proj=take("out_proj.weight"),
         ),
         state_layer=state_layer,
         key_dim=module.head_k_dim,
@@ -159,47 +166,6 @@ def _delta_net(
         chunk_rule=touchpoints.chunk_gated_delta_rule,
         ranks=ranks,
     )
-
-
-def _moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) -> SparseMoe:
-    router = weights.take(f"{prefix}gate.weight", tuple(block.gate.weight.shape))
-    route: Route
-    if touchpoints.is_sigmoid_router(block.gate):
-        router = router.float()  # as the stock model does: scores of hundreds of experts lie close together
-        correction = f"{prefix}gate.e_score_correction_bias"
-        route = SigmoidTopK(
-            weights.take(correction, (len(router),), torch.float32),
-            top_k=block.gate.top_k,
-            groups=block.gate.num_group,
-            best_groups=block.gate.topk_group,
-            normalized=block.gate.norm_topk_prob,
-            scale=block.gate.routed_scaling_factor,
-        )
-    else:
-        route = SoftmaxTopK(block.gate.top_k, getattr(block.gate, "norm_topk_prob", True))
-    return SparseMoe(
-        router,
-        weights.take(f"{prefix}experts.gate_up_proj", tuple(block.experts.gate_up_proj.shape)),
-        weights.take(f"{prefix}experts.down_proj", tuple(block.experts.down_proj.shape)),
-        _shared_expert(block, prefix, weights),
-        route=route,
-        ranks=ranks,
-    )
-
-
-def _shared_expert(block: Any, prefix: str, weights: RankWeights) -> SharedExpert | None:
-    name = next((name for name in ("shared_expert", "shared_experts") if hasattr(block, name)), None)
-    if name is None:
-        return None
-    expert = getattr(block, name)
-    gate, up, down = (
-        weights.take(f"{prefix}{name}.{part}.weight", tuple(getattr(expert, part).weight.shape))
-        for part in ("gate_proj", "up_proj", "down_proj")
-    )
-    gating = None
-    if hasattr(block, "shared_expert_gate"):
-        gating = weights.take(f"{prefix}shared_expert_gate.weight", tuple(block.shared_expert_gate.weight.shape))
-    return SharedExpert(gate_up=torch.cat([gate, up]), down=down, gate=gating)
 
 
 def _head(embedding: torch.Tensor, weights: RankWeights, ranks: RankGroup) -> torch.Tensor:

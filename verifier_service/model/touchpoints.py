@@ -72,6 +72,29 @@ def is_moe(mlp: nn.Module) -> bool:
     return hasattr(mlp, "experts")
 
 
+def is_gpt_oss_moe(mlp: nn.Module) -> bool:
+    return hasattr(mlp, "router")
+
+
+def has_sinks(attention: nn.Module) -> bool:
+    return hasattr(attention, "sinks")
+
+
+def has_interleaved_projections(delta_net: nn.Module) -> bool:
+    return hasattr(delta_net, "in_proj_qkvz")
+
+
+class ScoredMlp(nn.Module):
+    """gpt-oss's decoder layer expects the router's scores beside its block's output; nobody reads them."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.mlp(hidden), None
+
+
 def run_layer(
     layer: nn.Module, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step
 ) -> torch.Tensor:
