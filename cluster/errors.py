@@ -35,5 +35,9 @@ class LinkError(PacelineError):
     """A link was refused or broke. Never fails a request: it ends an epoch."""
 
 
+class SecretError(PacelineError):
+    """The other end of a connection does not know the same shared secret: a person has to act."""
+
+
 class ProtocolError(PacelineError):
     """Bytes that are no frame of ours: too long, malformed or of another type."""

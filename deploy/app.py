@@ -3,12 +3,12 @@
 Without `from __future__ import annotations`: Serve looks at the builder's annotation for the model of its arguments.
 """
 
-import secrets
 from typing import Any
 
 from ray import serve
 
 from cluster.placement.directory import Directory
+from cluster.placement.secret import drawn_once
 from deploy.checks import checked
 from deploy.config import Application, DrafterPart, VerifierPart
 from deploy.link import make_link
@@ -22,7 +22,7 @@ SPARE_REQUESTS = 256
 
 def build(args: Application) -> serve.Application:
     """Directory, verifiers, drafters and, as ingress, routers. Raises ConfigError before anything is started."""
-    application = _with_link_token(checked(args))
+    application = _with_secret(checked(args))
     directory = _deployment(Directory).options(ray_actor_options={"num_cpus": 0}).bind()
     services = {"verifier": _verifiers(application.verifier, directory)}
     if application.drafts_remotely and application.drafter is not None:
@@ -35,7 +35,14 @@ def build(args: Application) -> serve.Application:
             ray_actor_options={"num_cpus": router.front_cpus},
             max_ongoing_requests=router.max_in_flight + SPARE_REQUESTS,
         )
-        .bind(application.model_name, application.verifier.target, router.settings, directory, services)
+        .bind(
+            application.model_name,
+            application.verifier.target,
+            router.settings,
+            application.verifier.link.token,
+            directory,
+            services,
+        )
     )
 
 
@@ -64,10 +71,10 @@ def _drafters(part: DrafterPart, directory: Any) -> Any:
     )
 
 
-def _with_link_token(application: Application) -> Application:
-    """One secret for all links of the application, unless the deploy file brings its own."""
+def _with_secret(application: Application) -> Application:
+    """One secret for all connections of the application, unless the deploy file brings its own."""
     verifier = application.verifier
-    token = verifier.link.token or secrets.token_hex(16)
+    token = verifier.link.token or drawn_once(application.model_name)
     link = verifier.link.model_copy(update={"token": token})
     changes: dict[str, object] = {"verifier": verifier.model_copy(update={"link": link})}
     if application.drafter is not None:

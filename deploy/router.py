@@ -24,15 +24,21 @@ log = logging.getLogger(__name__)
 class Router:
     """Serves from the start and says on /health what is missing; it waits for no other deployment.
 
-    target: checkpoint directory, read for its tokenizer. directory: handle of the Directory. services: handles of the
-    other deployments, which become part of the application by being named here.
+    target: checkpoint directory, read for its tokenizer. secret: of the engine ports. directory: handle of the
+    Directory. services: handles of the other deployments, which become part of the application by being named here.
     """
 
     def __init__(
-        self, model_name: str, target: str, settings: RouterSettings, directory: Any, services: dict[str, Any]
+        self,
+        model_name: str,
+        target: str,
+        settings: RouterSettings,
+        secret: str,
+        directory: Any,
+        services: dict[str, Any],
     ) -> None:
         configure_logs()
-        self._core = RouterCore.load(model_name, target, settings)
+        self._core = RouterCore.load(model_name, target, settings, secret)
         self._following = asyncio.get_running_loop().create_task(follow(directory, self._use))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

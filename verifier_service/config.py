@@ -12,9 +12,11 @@ class Strict(BaseModel):
 
 
 class LinkSettings(Strict):
-    """Both deadlines and the secret of the link. Seconds."""
+    """Both deadlines and the secret of the link, which guards the engine port too. Seconds."""
 
-    token: str = Field("", description="shared secret; every drafter of the application holds the same")
+    token: str = Field(
+        "", description="shared secret of the link and of the engine port, same everywhere; empty = one is drawn"
+    )
     tensor_transport: Literal["tcp", "torch"] = Field("tcp", description="torch = NCCL between GPUs, gloo on CPU")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of context features on the wire")
     heartbeat_s: float = Field(0.5, gt=0, le=10)

@@ -25,24 +25,37 @@ from cluster.contracts import (
     Submit,
     ToEngine,
 )
-from cluster.errors import ProtocolError
+from cluster.errors import ProtocolError, SecretError
+from cluster.handshake import ENGINE, admit, check_secret
 from cluster.wire import Codec
 from verifier_service.engine import Engine
 
 log = logging.getLogger(__name__)
 
 MAX_UNREAD_BYTES = 16 << 20
+HANDSHAKE_S = 5.0
 DRAIN_S = 2.0  # at the end, for what was written to reach its reader
 
 
 class EnginePort:
     """Serves `engine` on host:port (port 0: any free one) from construction until `stop`. `address` is "host:port".
 
-    Raises OSError if the address cannot be bound.
+    secret: what clients have to know. Raises OSError if the address cannot be bound, ConfigError for an empty secret
+    where other machines can reach it.
     """
 
-    def __init__(self, engine: Engine, host: str, port: int = 0, max_unread_bytes: int = MAX_UNREAD_BYTES):
+    def __init__(
+        self,
+        engine: Engine,
+        host: str,
+        port: int = 0,
+        *,
+        secret: str = "",
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+    ):
+        check_secret(secret, host, "verifier.link.token")
         self._engine = engine
+        self._secret = secret
         self._max_unread_bytes = max_unread_bytes
         self._connections: set[_Connection] = set()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -74,7 +87,8 @@ class EnginePort:
         connection = _Connection(self._engine, self._loop, reader, writer, self._max_unread_bytes)
         self._connections.add(connection)
         try:
-            await connection.serve()
+            if await connection.admit(self._secret):
+                await connection.serve()
         finally:
             self._connections.discard(connection)
 
@@ -108,6 +122,18 @@ class _Connection:
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._peer = writer.get_extra_info("peername")
         self._closed = False
+
+    async def admit(self, secret: str) -> bool:
+        """False if the client does not know the secret; its connection is closed then."""
+        try:
+            await admit(self._reader, self._writer, secret, ENGINE, HANDSHAKE_S)
+            return True
+        except (SecretError, ProtocolError, TimeoutError) as error:
+            log.warning("a client at %s is not let in: %s", self._peer, error or "it said nothing")
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # it has left
+        await self.close()
+        return False
 
     async def serve(self) -> None:
         """Until the client is gone or has to go; its requests are then aborted."""

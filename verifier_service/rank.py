@@ -94,7 +94,7 @@ def run_rank(
         if rank == 0:
             engine = build_engine(settings, runner, channel, engine_id, make_link)
             ranks.meet()
-            _serve(engine, host, on_ready)
+            _serve(engine, host, settings.link.token, on_ready)
         else:
             ranks.meet()
             on_ready("")
@@ -151,8 +151,8 @@ def _proposer(
     )
 
 
-def _serve(engine: Engine, host: str, on_ready: Callable[[str], None]) -> None:
-    port = EnginePort(engine, host)
+def _serve(engine: Engine, host: str, secret: str, on_ready: Callable[[str], None]) -> None:
+    port = EnginePort(engine, host, secret=secret)
     try:
         log.info("engine %s listens at %s", engine.info.engine_id, port.address)
         on_ready(port.address)

@@ -24,7 +24,8 @@ from cluster.contracts import (
     Submit,
     ToEngine,
 )
-from cluster.errors import EngineDiedError, OverloadedError, ProtocolError
+from cluster.errors import EngineDiedError, OverloadedError, ProtocolError, SecretError
+from cluster.handshake import ENGINE, enter, is_loopback
 from cluster.wire import Codec
 
 MAX_UNSENT_BYTES = 32 << 20
@@ -55,18 +56,33 @@ class EngineClient:
         self._reading = asyncio.create_task(self._read(reader), name=f"engine {address}")
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float) -> EngineClient:
-        """address: "host:port". Waits for the engine's introduction. Raises EngineDiedError."""
+    async def connect(cls, address: str, timeout_s: float, secret: str = "") -> EngineClient:
+        """address: "host:port". secret: the engine's. Waits for the engine's introduction.
+
+        Raises EngineDiedError, caused by a SecretError where either end does not know the other's secret.
+        """
         host, _, port = address.rpartition(":")
         codec: Codec[FromEngine] = Codec(FromEngine)
         writer = None
         try:
+            if not secret and not is_loopback(host.strip("[]")):
+                raise SecretError(
+                    "verifier.link.token is empty, but it is on another machine: set the same on both ends"
+                )
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=1 << 20)
+                await enter(reader, writer, secret, ENGINE)
                 info = await codec.read(reader)
             if not isinstance(info, EngineInfo):
                 raise ProtocolError(f"it began with a {type(info).__name__}, not with its EngineInfo")
-        except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError, ProtocolError) as error:
+        except (
+            OSError,
+            ValueError,
+            TimeoutError,
+            asyncio.IncompleteReadError,
+            ProtocolError,
+            SecretError,
+        ) as error:
             if writer is not None:
                 writer.close()
             raise EngineDiedError(f"no engine answers at {address}: {error or type(error).__name__}") from error

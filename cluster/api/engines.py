@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from cluster.api.balance import Load, choose
 from cluster.api.engine_client import EngineClient
 from cluster.api.settings import RouterSettings
-from cluster.errors import EngineDiedError
+from cluster.errors import EngineDiedError, SecretError
 
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+DENIED_RETRY_S = 30.0  # a person has to act first
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ class EngineHealth:
 
 
 class Engines:
-    """Keeps a connection to each address that it was told, and reconnects what breaks. Lives on one event loop."""
+    """Keeps a connection to each address that it was told, and reconnects what breaks. Lives on one event loop.
 
-    def __init__(self, settings: RouterSettings):
+    secret: of the engine ports.
+    """
+
+    def __init__(self, settings: RouterSettings, secret: str = ""):
         self._settings = settings
+        self._secret = secret
         self._known: dict[str, Engine] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._max_context: int | None = None
@@ -63,7 +68,7 @@ class Engines:
             task.add_done_callback(self._leaving.discard)
         for address in dict.fromkeys(addresses):
             if address not in self._known:
-                self._known[address] = Engine(address, self._settings)
+                self._known[address] = Engine(address, self._settings, self._secret)
 
     def pick(self, key: bytes, without: Collection[str] = ()) -> EngineClient:
         """The engine for a prompt of this key. `without`: engine_ids that it has failed on. Raises EngineDiedError."""
@@ -104,10 +109,11 @@ class Engines:
 class Engine:
     """One address: a task that connects, probes and reconnects. `client` is None while there is no connection."""
 
-    def __init__(self, address: str, settings: RouterSettings):
+    def __init__(self, address: str, settings: RouterSettings, secret: str):
         self.address = address
         self.client: EngineClient | None = None
         self._settings = settings
+        self._secret = secret
         self._problem = "it is being connected"
         self._task = asyncio.create_task(self._run(), name=f"keeping {address}")
 
@@ -150,7 +156,7 @@ class Engine:
         retry_s = FIRST_RETRY_S
         while True:
             try:
-                self.client = await EngineClient.connect(self.address, self._settings.connect_timeout_s)
+                self.client = await EngineClient.connect(self.address, self._settings.connect_timeout_s, self._secret)
                 log.info("engine %s is connected at %s", self.client.info.engine_id, self.address)
                 retry_s = FIRST_RETRY_S
                 await self._watch(self.client)
@@ -158,6 +164,9 @@ class Engine:
                 if self.client is not None:
                     log.warning("engine %s at %s: %s", self.client.info.engine_id, self.address, error)
                 self._problem = str(error)
+                if isinstance(error.__cause__, SecretError):
+                    log.error("%s", error)
+                    retry_s = DENIED_RETRY_S
             finally:
                 if self.client is not None:
                     self.client.close(self._problem)

@@ -40,24 +40,29 @@ class Prompts:
 
 
 class RouterCore:
-    """One model over any number of engines. Made anywhere, used on one event loop. Knows nothing of HTTP and Ray."""
+    """One model over any number of engines. Made anywhere, used on one event loop. Knows nothing of HTTP and Ray.
 
-    def __init__(self, model_name: str, tokens: Tokens, settings: RouterSettings | None = None):
+    secret: what the engine ports want to be known; "" for engines on this machine that want none.
+    """
+
+    def __init__(self, model_name: str, tokens: Tokens, settings: RouterSettings | None = None, secret: str = ""):
         self.settings = settings or RouterSettings()
         self.model_names = (model_name, *self.settings.aliases)
         self.created = int(time.time())
         self.tokens = tokens
         self.metrics = Metrics(model_name)
-        self.engines = Engines(self.settings)
+        self.engines = Engines(self.settings, secret)
         self._generator = Generator(
             self.engines, self.metrics, self.settings.max_failovers, self.settings.retry_after_s
         )
         self._in_flight = 0
 
     @classmethod
-    def load(cls, model_name: str, target: str | Path, settings: RouterSettings | None = None) -> RouterCore:
+    def load(
+        cls, model_name: str, target: str | Path, settings: RouterSettings | None = None, secret: str = ""
+    ) -> RouterCore:
         """target: directory of the target's checkpoint, read for its tokenizer. Raises ConfigError."""
-        return cls(model_name, Tokens.load(target), settings)
+        return cls(model_name, Tokens.load(target), settings, secret)
 
     def set_engines(self, addresses: Collection[str]) -> None:
         """The engines' ports as "host:port"; replaces the earlier list. Call it on the event loop."""

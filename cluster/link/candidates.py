@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 FIRST_DELAY_S = 0.05
 LAST_DELAY_S = 1.0
+BARRED_DELAY_S = 30.0
 _MAX_FAILURES = 6  # 0.05 s doubled five times passes the last delay; beyond it counting on would only bury a candidate
 
 
@@ -15,6 +16,7 @@ _MAX_FAILURES = 6  # 0.05 s doubled five times passes the last delay; beyond it 
 class _Record:
     failures: int = 0
     tried: int = 0
+    barred: bool = False
 
 
 class Candidates:
@@ -40,19 +42,22 @@ class Candidates:
         if not self._records:
             return None
         address, record = min(self._records.items(), key=lambda item: (item[1].failures, item[1].tried))
+        if all(each.barred for each in self._records.values()):
+            return address, BARRED_DELAY_S
         return address, self._delay(record.failures)
 
-    def failed(self, address: str) -> None:
-        """Refused, unreachable, or its link broke."""
+    def failed(self, address: str, barred: bool = False) -> None:
+        """Refused, unreachable, or its link broke. barred: until a person acts; where all are, there is no hurry."""
         self._turn += 1
         if record := self._records.get(address):
+            record.barred = barred
             record.failures = min(record.failures + 1, _MAX_FAILURES)
             record.tried = self._turn
 
     def proved(self, address: str) -> None:
         """A link to it stood for a while: earlier failures are forgiven."""
         if record := self._records.get(address):
-            record.failures = 0
+            record.failures, record.barred = 0, False
 
     def _delay(self, failures: int) -> float:
         if failures == 0:

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from cluster.wire import LENGTH, Codec
 
 T = TypeVar("T")
+U = TypeVar("U")
 Part = bytes | memoryview
 
 MAX_CONTROL_BYTES = 1 << 20
@@ -81,8 +82,12 @@ class Connection(Generic[T]):
         if self._unread is not None:
             message, self._unread = self._unread, None
             return message
-        length = self._codec.check_length(bytes(self._take(LENGTH.size)))
-        return self._codec.decode(self._take(length))
+        return self.receive_as(self._codec)
+
+    def receive_as(self, codec: Codec[U]) -> U:
+        """Next message as one of another union, e.g. before the peer is known. Raises as `receive`."""
+        length = codec.check_length(bytes(self._take(LENGTH.size)))
+        return codec.decode(self._take(length))
 
     def receive_ready(self) -> T | None:
         """The next message if all of it has already been read from the socket, else None."""

@@ -6,14 +6,14 @@ sends what is no frame, loses its own connection, and the others notice nothing.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cluster.errors import LinkError, PacelineError, ProtocolError
+from cluster.errors import LinkError, PacelineError, ProtocolError, SecretError
+from cluster.handshake import DENIED, HANDSHAKE, LINK, Listener, Session, check_secret
 from cluster.link.connection import MAX_CONTROL_BYTES, Connection
 from cluster.link.face import DrafterHandler
 from cluster.link.messages import (
@@ -30,6 +30,7 @@ from cluster.link.messages import (
     Heartbeat,
     Hello,
     Refused,
+    claim,
 )
 from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver
 from cluster.link.pump import Pump
@@ -64,7 +65,8 @@ class DrafterServer:
 
     load: the Heartbeat to send, called by a background thread every heartbeat_s. max_links: connections at once, those
     that have not said hello included. max_queued_bytes: answers that wait for one verifier to read them.
-    Raises OSError if the port cannot be had.
+    token: the secret that verifiers have to know. Raises OSError if the port cannot be had, ConfigError for an empty
+    token where other machines can reach it.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class DrafterServer:
         max_links: int = 256,
         max_queued_bytes: int = 4 << 20,
     ):
+        check_secret(token, host, "drafter.token")
         self._handler = handler
-        self._token = token.encode()
+        self._token = token
         self._hard_deadline = hard_deadline_s
         self._device = device
         self._load = load
@@ -169,13 +172,14 @@ class DrafterServer:
             self._leave(peer, plane, connection)
 
     def _welcome(self, connection: Connection[FromVerifier]) -> tuple[LinkedPeer, RowReceiver]:
-        """Answer the hello. Raises LinkError after a Refused."""
+        """Know the verifier, answer its hello. Raises SecretError after a Denied, LinkError after a Refused."""
+        session = self._know(connection)
         hello = connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError(f"the first frame is a {type(hello).__name__}, not a Hello")
         peer = LinkedPeer(hello, connection, self._codec)
         try:
-            self._check(hello)
+            self._check(hello, session)
             welcome = self._handler.hello(hello)
             self._replace(peer)
         except LinkError as error:
@@ -186,18 +190,30 @@ class DrafterServer:
         if hello.tensor_transport == "tcp":
             return peer, TcpReceiver(connection, hello, self._device)
         meeting = TorchMeeting.join(
-            connection.peer_host, connection.local_host, hello, self._hard_deadline, self._device
+            connection.peer_host, connection.local_host, hello, session.key, self._hard_deadline, self._device
         )
         return peer, meeting.receiver(connection, lambda size: self._grant(connection, size))
+
+    def _know(self, connection: Connection[FromVerifier]) -> Session:
+        listener = Listener(self._token, LINK)
+        connection.send(HANDSHAKE.pack(listener.challenge))
+        try:
+            accepted, session = listener.check(connection.receive_as(HANDSHAKE))
+        except SecretError:
+            self.counters["refused"] += 1
+            connection.send(HANDSHAKE.pack(DENIED))
+            raise
+        connection.send(HANDSHAKE.pack(accepted))
+        return session
 
     def _grant(self, connection: Connection[FromVerifier], size: int) -> None:
         connection.send(self._codec.pack(Credit(size)))
 
-    def _check(self, hello: Hello) -> None:
+    def _check(self, hello: Hello, session: Session) -> None:
         if hello.protocol != PROTOCOL:
             raise LinkError(f"protocol is {hello.protocol}, this drafter speaks {PROTOCOL}: upgrade the older end")
-        if not hmac.compare_digest(hello.token.encode(), self._token):
-            raise LinkError("token differs from this drafter's: set the same link token on both ends")
+        if session.claim != claim(hello.verifier_id, hello.epoch):
+            raise LinkError(f"verifier_id and epoch are not those of the handshake, {session.claim!r}")
         if hello.dtype not in DTYPES:
             raise LinkError(f"dtype is {hello.dtype!r}, this drafter takes {', '.join(DTYPES)}")
         if not 1 <= hello.hidden <= MAX_HIDDEN:

@@ -53,7 +53,6 @@ class LocalLink:
             protocol=PROTOCOL,
             verifier_id=verifier_id,
             epoch=1,
-            token="",
             target_fingerprint=target_fingerprint,
             feature_version=feature_version,
             hidden=hidden,

@@ -1,4 +1,4 @@
-"""Control frames of the link between a verifier and a drafter (protocol 1): one layout, used by both ends.
+"""Control frames of the link between a verifier and a drafter (protocol 2): one layout, used by both ends.
 
 All positions are absolute token positions (0 = first prompt token). context_id = "verifier_id/request_id/choice".
 Tensor rows announced by an Append follow on the tensor plane, in the order of the Appends.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Verifier -> drafter, first frame of an epoch. hidden: width of a context feature. dtype: of the rows.
+    """Verifier -> drafter, first frame of an epoch once both ends know each other (cluster.handshake).
 
-    token: the shared secret. tensor_transport: "tcp" | "torch". store_port: TCPStore of the torch plane, 0 for tcp.
+    hidden: width of a context feature. dtype: of the rows. tensor_transport: "tcp" | "torch". store_port: TCPStore of
+    the torch plane, 0 for tcp.
     """
 
     protocol: int
     verifier_id: str
     epoch: int
-    token: str
     target_fingerprint: str
     feature_version: str
     hidden: int
@@ -28,6 +28,11 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     dtype: str
     tensor_transport: str
     store_port: int = 0
+
+
+def claim(verifier_id: str, epoch: int) -> str:
+    """What a verifier claims in the handshake; its Hello has to say the same."""
+    return f"{verifier_id}#{epoch}"
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cluster.errors import LinkError, ProtocolError
+from cluster.errors import LinkError, ProtocolError, SecretError
+from cluster.handshake import HANDSHAKE, LINK, is_loopback
+from cluster.handshake import Dialler as Handshake
 from cluster.link.connection import Connection
-from cluster.link.messages import FromDrafter, Hello, Refused, Welcome
+from cluster.link.messages import FromDrafter, Hello, Refused, Welcome, claim
 from cluster.link.planes import DTYPES, RowSender, TcpSender
 from cluster.link.torch_plane import TorchMeeting
 from cluster.wire import Codec
@@ -47,6 +49,7 @@ class Dialler:
     def __init__(
         self,
         hello: Hello,
+        token: str,
         codec: Codec[FromDrafter],
         hard_deadline_s: float,
         device: str,
@@ -54,6 +57,7 @@ class Dialler:
         on_blocked: Callable[[], None],
     ):
         self._hello = hello
+        self._token = token
         self._codec = codec
         self._hard_deadline = hard_deadline_s
         self._device = device
@@ -64,9 +68,12 @@ class Dialler:
         self._stopped = False
 
     def dial(self, address: str, earlier: Session | None) -> Session:
-        """The epoch after `earlier`. Raises OSError, LinkError or ProtocolError, at the latest after the deadlines of
-        connecting, hello and tensor plane."""
-        sock = socket.create_connection(parse_address(address), timeout=min(self._hard_deadline, _CONNECT_S))
+        """The epoch after `earlier`. Raises OSError, LinkError, SecretError or ProtocolError, at the latest after the
+        deadlines of connecting, hello and tensor plane."""
+        host, port = parse_address(address)
+        if not self._token and not is_loopback(host):
+            raise SecretError("verifier.link.token is empty, but it is on another machine: set the same on both ends")
+        sock = socket.create_connection((host, port), timeout=min(self._hard_deadline, _CONNECT_S))
         connection = Connection(sock, self._codec, self._max_queued, self._on_blocked)
         try:
             self._begin(connection)
@@ -96,8 +103,11 @@ class Dialler:
 
     def _greet(self, connection: Connection[FromDrafter], hello: Hello) -> tuple[Welcome, RowSender]:
         connection.deadline_in(self._hard_deadline)
+        handshake = Handshake(self._token, LINK, claim(hello.verifier_id, hello.epoch))
+        connection.send(HANDSHAKE.pack(handshake.respond(connection.receive_as(HANDSHAKE))))
+        key = handshake.conclude(connection.receive_as(HANDSHAKE)).key
         if hello.tensor_transport == "torch":
-            meeting = TorchMeeting.host(connection.local_host, hello, self._hard_deadline, self._device)
+            meeting = TorchMeeting.host(connection.local_host, hello, key, self._hard_deadline, self._device)
             connection.send(self._codec.pack(meeting.hello))
             return _welcome(connection.receive()), meeting.sender(connection, self._codec, self._max_queued)
         connection.send(self._codec.pack(hello))

@@ -7,7 +7,6 @@ receiver takes all Appends that have already arrived in one transfer; the credit
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import socket
@@ -45,18 +44,19 @@ def why_unavailable(device: str) -> str | None:
 class TorchMeeting:
     """Where both ends of one epoch meet to build their process group: a TCPStore that the verifier hosts.
 
-    The store's keys are prefixed with a hash keyed by the link's token: who finds the port does not find them.
+    key: of the handshake. The store's keys are prefixed with it: who finds the port does not find them.
     """
 
-    def __init__(self, store: Any, hello: Hello, host: str, timeout_s: float, device: str):
+    def __init__(self, store: Any, hello: Hello, key: bytes, host: str, timeout_s: float, device: str):
         self.hello = hello
         self._store = store
+        self._key = key
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
         self._device = torch.device(device)
 
     @classmethod
-    def host(cls, host: str, hello: Hello, timeout_s: float, device: str) -> TorchMeeting:
+    def host(cls, host: str, hello: Hello, key: bytes, timeout_s: float, device: str) -> TorchMeeting:
         """The verifier's side, before its Hello, which gains the store's port. host: its own address to the peer."""
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         port = listener.getsockname()[1]
@@ -69,10 +69,10 @@ class TorchMeeting:
                 timeout=timedelta(seconds=timeout_s),
                 master_listen_fd=listener.detach(),
             )
-        return cls(store, msgspec.structs.replace(hello, store_port=port), host, timeout_s, device)
+        return cls(store, msgspec.structs.replace(hello, store_port=port), key, host, timeout_s, device)
 
     @classmethod
-    def join(cls, peer_host: str, host: str, hello: Hello, timeout_s: float, device: str) -> TorchMeeting:
+    def join(cls, peer_host: str, host: str, hello: Hello, key: bytes, timeout_s: float, device: str) -> TorchMeeting:
         """The drafter's side, after its Welcome."""
         with _as_link_error(f"reaching the store at {peer_host}:{hello.store_port}"):
             store = dist.TCPStore(
@@ -82,7 +82,7 @@ class TorchMeeting:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=timeout_s),
             )
-        return cls(store, hello, host, timeout_s, device)
+        return cls(store, hello, key, host, timeout_s, device)
 
     def sender(self, connection: Connection[FromDrafter], codec: Codec[FromDrafter], max_queued: int) -> TorchSender:
         """Blocks until the drafter has joined, at most the timeout. Raises LinkError."""
@@ -93,10 +93,8 @@ class TorchMeeting:
         return TorchReceiver(self._group(_DRAFTER), connection, grant, self.hello)
 
     def _group(self, rank: int) -> _Group:
-        hello = self.hello
-        secret = f"{hello.verifier_id}/{hello.epoch}/{hello.store_port}".encode()
-        pair = hmac.new(hello.token.encode(), secret, hashlib.sha256).hexdigest()
-        store = dist.PrefixStore(f"{pair}/{hello.epoch}", self._store)
+        pair = hmac.digest(self._key, b"torch plane", "sha256").hex()
+        store = dist.PrefixStore(f"{pair}/{self.hello.epoch}", self._store)
         with _as_link_error("building the process group"):
             if self._device.type == "cuda":
                 group = _Group(_nccl(store, rank, self._timeout, self._device), self._device, self._timeout)

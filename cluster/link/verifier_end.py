@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.errors import ConfigError, PacelineError, ProtocolError
+from cluster.errors import ConfigError, PacelineError, ProtocolError, SecretError
 from cluster.link.answers import AnswerBook
 from cluster.link.candidates import Candidates
 from cluster.link.connection import MAX_CONTROL_BYTES
@@ -77,7 +77,6 @@ class RemoteLink:
             protocol=PROTOCOL,
             verifier_id=verifier_id,
             epoch=0,
-            token=token,
             target_fingerprint=target_fingerprint,
             feature_version=feature_version,
             hidden=hidden,
@@ -100,7 +99,9 @@ class RemoteLink:
         self.drafter_load = Heartbeat()
         heartbeat = self._codec.pack(Heartbeat())
         self._pump = Pump("link-pump", heartbeat_s, hard_deadline_s, lambda: heartbeat)
-        self._dialler = Dialler(self._hello, self._codec, hard_deadline_s, device, max_queued_bytes, self._pump.wake)
+        self._dialler = Dialler(
+            self._hello, token, self._codec, hard_deadline_s, device, max_queued_bytes, self._pump.wake
+        )
         self._thread = threading.Thread(target=self._run, name="link-reader", daemon=True)
         self._thread.start()
 
@@ -274,9 +275,9 @@ class RemoteLink:
 
     def _failed(self, address: str, error: Exception) -> None:
         with self._changed:
-            self._candidates.failed(address)
+            self._candidates.failed(address, barred=isinstance(error, SecretError))
             self._counters["dial_failures"] += 1
-            self._counters["refused"] += isinstance(error, RefusedError)
+            self._counters["refused"] += isinstance(error, RefusedError | SecretError)
             complaint = (address, str(error))
             known = complaint in self._complaints or self._stopping
             if len(self._complaints) < 1000:

@@ -97,7 +97,7 @@ def test_features_without_asks_are_applied_before_they_pile_up(engine, peer, mon
 
 def hello(engine: DrafterEngine, **changes) -> Hello:
     fields = engine.identity | {"protocol": PROTOCOL} | changes
-    return Hello(verifier_id="v", epoch=1, token="", dtype="float32", tensor_transport="tcp", **fields)
+    return Hello(verifier_id="v", epoch=1, dtype="float32", tensor_transport="tcp", **fields)
 
 
 def test_welcome_says_what_a_verifier_has_to_know(engine):

@@ -19,6 +19,7 @@ from ray import serve
 from cluster.api.engine_client import EngineClient
 from cluster.contracts import Status
 from cluster.placement.membership import VERIFIER, View
+from cluster.placement.secret import drawn_once
 from deploy.file import read_deploy_file
 from deploy.session import app_state, deploy, ray_session
 
@@ -50,9 +51,14 @@ class Served:
         view: View = handle.watch.remote("", 0.0).result(timeout_s=10)
         return [member.address for member in view.of(VERIFIER)]
 
+    @property
+    def secret(self) -> str:
+        """Of the engine ports: the deploy file brings none."""
+        return drawn_once(self.model)
+
     def status(self) -> Status:
         """Of the first verifier's engine, asked on its own port."""
-        return asyncio.run(_status(self.verifiers()[0]))
+        return asyncio.run(_status(self.verifiers()[0], self.secret))
 
     def health(self) -> httpx.Response:
         return httpx.get(f"{self.url}/health", timeout=10)
@@ -97,8 +103,8 @@ def _ready(app: Served) -> bool:
     return state.status == "RUNNING" and app.health().status_code == 200
 
 
-async def _status(address: str) -> Status:
-    engine = await EngineClient.connect(address, 5.0)
+async def _status(address: str, secret: str) -> Status:
+    engine = await EngineClient.connect(address, 5.0, secret)
     try:
         return await engine.probe(5.0)
     finally:

@@ -68,7 +68,7 @@ def answers(app: Served, requests: Sequence[EngineRequest]) -> list[Answer]:
     (address,) = app.verifiers()
 
     async def run() -> list[Answer]:
-        engine = await EngineClient.connect(address, 5.0)
+        engine = await EngineClient.connect(address, 5.0, app.secret)
         try:
             async with asyncio.timeout(240):
                 return await asyncio.gather(*(one(engine, request) for request in requests))

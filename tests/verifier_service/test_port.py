@@ -23,7 +23,10 @@ from cluster.contracts import (
     SetDrafters,
     Status,
     Submit,
+    ToEngine,
 )
+from cluster.errors import ConfigError, SecretError
+from cluster.handshake import ENGINE, HANDSHAKE, Challenge, Dialler
 from cluster.wire import Codec
 from tests.verifier_service.fake_runner import FakeRunner
 from tests.verifier_service.test_engine import WAIT_S, Guesser, expected, make_engine, request
@@ -36,10 +39,13 @@ from verifier_service.port import EnginePort
 class Client:
     """A blocking client of the port."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, secret: str = ""):
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout=WAIT_S)
         self.codec: Codec[FromEngine] = Codec(FromEngine)
+        dialler = Dialler(secret, ENGINE)
+        self.socket.sendall(HANDSHAKE.pack(dialler.respond(HANDSHAKE.receive(self.socket))))
+        dialler.conclude(HANDSHAKE.receive(self.socket))
         self.info = self.codec.receive(self.socket)
         self.deltas: list[Delta] = []
 
@@ -115,6 +121,31 @@ def test_the_engine_introduces_itself_first(served):
     assert client.info == EngineInfo("e", "f", 128, 64, 4, 8)
 
 
+def test_a_client_with_another_secret_learns_nothing_and_is_told_why(served, caplog):
+    port = served(secret="the engine's")
+    with pytest.raises(SecretError, match=r"verifier\.link\.token"):
+        Client(port.address, "a guess")
+    assert eventually(lambda: "is not let in" in caplog.text)
+    assert Client(port.address, "the engine's").status().running == 0
+
+
+def test_nothing_is_taken_from_a_client_before_it_is_known(served):
+    port = served()
+    host, _, number = port.address.rpartition(":")
+    stranger = socket.create_connection((host, int(number)), timeout=WAIT_S)
+    stranger.sendall(Codec(ToEngine).pack(Submit(request("r"))))
+    assert isinstance(HANDSHAKE.receive(stranger), Challenge)
+    with pytest.raises(ConnectionError):
+        HANDSHAKE.receive(stranger)
+    stranger.close()
+    assert Client(port.address).status().counters["steps"] == 0
+
+
+def test_a_port_that_others_can_reach_needs_a_secret():
+    with pytest.raises(ConfigError, match=r"verifier\.link\.token is empty"):
+        EnginePort(make_engine(), "0.0.0.0")
+
+
 def test_requests_of_many_connections_get_their_own_text(served):
     port = served()
     clients = [Client(port.address) for _ in range(3)]
@@ -165,9 +196,9 @@ def test_a_closed_connection_takes_its_requests_with_it(served):
 def test_a_client_cannot_abort_what_another_has_running(served):
     port = served()
     owner, other = Client(port.address), Client(port.address)
-    owner.send(Submit(request("a", output=60)))
+    owner.send(Submit(request("a", output=120)))
     owner.codec.receive(owner.socket)
-    other.send(Abort("a", 0), Submit(request("a", output=60)))
+    other.send(Abort("a", 0), Submit(request("a", output=120)))
     other.until("a")
     assert other.deltas[-1].error_kind == "request"
     other.socket.close()

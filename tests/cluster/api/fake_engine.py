@@ -21,6 +21,8 @@ from cluster.contracts import (
     ToEngine,
     TokenLogprobs,
 )
+from cluster.errors import SecretError
+from cluster.handshake import ENGINE, admit
 from cluster.wire import Codec
 
 Message = Submit | Abort | Probe | SetDrafters | Configure
@@ -41,6 +43,7 @@ class FakeEngine:
         self.end_id = end_id
         self.steps: Sequence[int] = (1, 3, 2)
         self.drafted = 4
+        self.secret = ""
         self.pause_after: int | None = None
         self.refusal: dict[str, Any] | None = None
         self.finish: str | None = None
@@ -76,11 +79,12 @@ class FakeEngine:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
-        writer.write(self._codec.pack(self.info))
         try:
+            await admit(reader, writer, self.secret, ENGINE, 5.0)
+            writer.write(self._codec.pack(self.info))
             while True:
                 self._take(await self._codec.read(reader), writer)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, SecretError):
             writer.close()
 
     def _take(self, message: Message, writer: asyncio.StreamWriter) -> None:

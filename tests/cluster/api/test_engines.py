@@ -202,6 +202,16 @@ def test_a_port_of_something_else_is_told_apart(loop, greeting):
         loop.run(connect())
 
 
+def test_a_router_with_another_secret_says_so_and_keeps_its_distance(serve, engine, caplog):
+    engine.secret = "the engine's"
+    served = serve()
+    served.engines.append(engine)
+    served.set_engines([served.loop.run(engine.start())])
+    eventually(lambda: "verifier.link.token" in served.get("/health").json()["problems"][0])
+    assert served.get("/health").status_code == 503
+    assert caplog.text.count("verifier.link.token") == 1
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="max_inflight"):
         RouterSettings.model_validate({"max_inflight": 3})

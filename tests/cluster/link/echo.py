@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import torch
 
+from cluster.handshake import HANDSHAKE, LINK, Dialler, Listener
 from cluster.link.drafter_end import DrafterServer
 from cluster.link.face import Peer
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, FromDrafter, Hello, Welcome
+from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, FromDrafter, Hello, Welcome, claim
 from cluster.link.session import parse_address
 from cluster.link.verifier_end import RemoteLink
 from cluster.wire import Codec
@@ -23,7 +24,7 @@ TOKEN = "a shared secret"
 HEARTBEAT_S = 0.1
 HARD_DEADLINE_S = 0.6
 HIDDEN = 8
-HELLO = Hello(PROTOCOL, "v", 1, TOKEN, "target", "features", HIDDEN, 1000, "float32", "tcp")
+HELLO = Hello(PROTOCOL, "v", 1, "target", "features", HIDDEN, 1000, "float32", "tcp")
 
 
 class Echo:
@@ -98,7 +99,11 @@ class Verifier:
         host, port = parse_address(address)
         self.socket = socket.create_connection((host, port), timeout=5)
         self.codec: Codec[FromDrafter] = Codec(FromDrafter)
-        self.send(msgspec.structs.replace(HELLO, **changes))
+        hello = msgspec.structs.replace(HELLO, **changes)
+        dialler = Dialler(TOKEN, LINK, claim(hello.verifier_id, hello.epoch))
+        self.send(dialler.respond(HANDSHAKE.receive(self.socket)))
+        dialler.conclude(HANDSHAKE.receive(self.socket))
+        self.send(hello)
         self.welcome = self.codec.receive(self.socket)
 
     def send(self, message: msgspec.Struct, rows: bytes = b"") -> None:
@@ -116,6 +121,14 @@ class Verifier:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def known(sock: socket.socket) -> None:
+    """A drafter's half of the handshake."""
+    listener = Listener(TOKEN, LINK)
+    sock.sendall(HANDSHAKE.pack(listener.challenge))
+    accepted, _ = listener.check(HANDSHAKE.receive(sock))
+    sock.sendall(HANDSHAKE.pack(accepted))
 
 
 def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:

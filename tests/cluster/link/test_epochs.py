@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from cluster.link import candidates
 from cluster.link.messages import DraftAsk, Refused, Welcome
-from tests.cluster.link.echo import HARD_DEADLINE_S, HIDDEN, Echo, Verifier, connect, eventually, serve
+from tests.cluster.link.echo import HARD_DEADLINE_S, HIDDEN, TOKEN, Echo, Verifier, connect, eventually, serve
 
 
 @pytest.mark.parametrize("transport", ["tcp", "torch"])
@@ -106,16 +107,23 @@ def test_an_impossible_address_is_logged_and_the_next_candidate_is_tried(stops, 
     assert address in caplog.text
 
 
-def test_a_wrong_token_is_refused_logged_once_and_tried_again(stops, caplog):
+def test_a_wrong_token_is_refused_said_once_at_both_ends_and_tried_again_without_haste(stops, caplog, monkeypatch):
+    monkeypatch.setattr(candidates, "BARRED_DELAY_S", 0.05)
     handler = Echo()
     server = stops(serve(handler))
-    with caplog.at_level(logging.WARNING, "cluster.link.verifier_end"):
+    with caplog.at_level(logging.WARNING):
+        began = time.monotonic()
         link = stops(connect(server.address, token="wrong"))
         eventually(lambda: link.counters["refused"] >= 3)
-    lines = [record.message for record in caplog.records if record.name == "cluster.link.verifier_end"]
-    assert len(lines) == 1
-    assert "token" in lines[0]
+    assert time.monotonic() - began >= 2 * 0.05
+    ours, theirs = (
+        [r.message for r in caplog.records if r.name.endswith(end)] for end in ("verifier_end", "drafter_end")
+    )
+    assert len(ours) == 1
+    assert len(theirs) >= 3
+    assert all("verifier.link.token" in line for line in (*ours, *theirs))
     assert "wrong" not in caplog.text
+    assert TOKEN not in caplog.text
     assert not link.state.linked
     assert handler.hellos == []
 

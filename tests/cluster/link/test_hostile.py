@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.errors import LinkError
+from cluster.handshake import HANDSHAKE, LINK, Accepted, Challenge, Dialler
 from cluster.link.messages import (
     Ack,
     Append,
@@ -18,6 +19,7 @@ from cluster.link.messages import (
     DraftAnswer,
     DraftAsk,
     Drafted,
+    FromDrafter,
     FromVerifier,
     Heartbeat,
     Refused,
@@ -29,11 +31,13 @@ from tests.cluster.link.echo import (
     HARD_DEADLINE_S,
     HELLO,
     HIDDEN,
+    TOKEN,
     Echo,
     Verifier,
     connect,
     echoed,
     eventually,
+    known,
     serve,
 )
 
@@ -52,6 +56,9 @@ class FakeDrafter:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def greet(self, sock: socket.socket) -> None:
+        known(sock)
+
     def _run(self) -> None:
         while True:
             try:
@@ -61,6 +68,7 @@ class FakeDrafter:
             with sock:
                 sock.settimeout(5)
                 try:
+                    self.greet(sock)
                     self._behave(sock, CODEC.receive(sock))
                     while sock.recv(1 << 16):
                         pass
@@ -139,9 +147,7 @@ def test_a_frame_that_cannot_be_ends_the_connection_that_sent_it(stops, message)
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"protocol": 2}, "protocol is 2"),
-        ({"token": "a shared secre"}, "token"),
-        ({"token": "\u00fc"}, "token"),
+        ({"protocol": 1}, "protocol is 1"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"hidden": 0}, "hidden is 0"),
         ({"tensor_transport": "pigeon"}, "tensor_transport is 'pigeon'"),
@@ -165,6 +171,49 @@ def test_the_handlers_refusal_reaches_the_verifiers_log(stops, caplog):
     link = stops(connect(server.address))
     eventually(lambda: link.counters["refused"])
     eventually(lambda: "hidden is 8, this drafter's is 4096" in caplog.text)
+
+
+def test_a_hello_that_differs_from_the_claim_of_the_handshake_is_refused(stops):
+    handler = Echo()
+    server = stops(serve(handler))
+    known_as = socket.create_connection(parse_address(server.address), timeout=5)
+    dialler = Dialler(TOKEN, LINK, "v#1")
+    known_as.sendall(HANDSHAKE.pack(dialler.respond(HANDSHAKE.receive(known_as))))
+    dialler.conclude(HANDSHAKE.receive(known_as))
+    known_as.sendall(CODEC.pack(msgspec.structs.replace(HELLO, epoch=2)))
+    codec: Codec[FromDrafter] = Codec(FromDrafter)
+    answer = codec.receive(known_as)
+    known_as.close()
+    assert isinstance(answer, Refused)
+    assert "not those of the handshake" in answer.reason
+    assert handler.hellos == []
+
+
+def test_nothing_is_heard_of_a_verifier_before_it_is_known(stops):
+    handler = Echo()
+    server = stops(serve(handler))
+    stranger = socket.create_connection(parse_address(server.address), timeout=5)
+    stranger.sendall(CODEC.pack(HELLO) + CODEC.pack(Append("v/r/0", 0, 1)) + bytes(4 * HIDDEN))
+    assert isinstance(HANDSHAKE.receive(stranger), Challenge)
+    with pytest.raises(ConnectionError):
+        HANDSHAKE.receive(stranger)
+    stranger.close()
+    assert (handler.hellos, handler.features) == ([], {})
+    assert server.counters["protocol_errors"] == 1
+
+
+def test_a_drafter_that_proves_nothing_gets_no_hello(stops):
+    heard: list[object] = []
+
+    class Impostor(FakeDrafter):
+        def greet(self, sock: socket.socket) -> None:
+            sock.sendall(HANDSHAKE.pack(Challenge(1, LINK, bytes(32))))
+            HANDSHAKE.receive(sock)
+            sock.sendall(HANDSHAKE.pack(Accepted(bytes(32))))
+
+    link = stops(connect(stops(Impostor(lambda sock, hello: heard.append(hello))).address))
+    eventually(lambda: link.counters["refused"] == 1)
+    assert heard == []
 
 
 @pytest.mark.parametrize("method", ["hello", "linked", "append", "draft", "close_contexts"])
@@ -261,6 +310,7 @@ def test_a_drafter_that_does_not_read_ends_its_epoch_and_holds_nobody_up(stops):
 def test_a_silent_peer_ends_the_handshake_on_either_side(stops):
     server = stops(serve(Echo()))
     mute = socket.create_connection(parse_address(server.address), timeout=5)
+    HANDSHAKE.receive(mute)
     started = time.monotonic()
     for byte in (b"\0", b"\0", b"\1"):  # the deadline is for the whole hello, however it trickles in
         mute.sendall(byte)
