@@ -55,7 +55,7 @@ class TargetRunner:
             weights = RankWeights(
                 reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
             )
-            self._model = load_rank(touchpoints.empty_model(config.directory, dtype), weights, family, self._ranks)
+            self._model = load_rank(touchpoints.empty_model(config, dtype), weights, family, self._ranks)
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
         with torch.inference_mode():

@@ -7,15 +7,15 @@ the chunked gated delta rule, which uses fla's kernel on a GPU where that is ins
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from modeling.errors import CheckpointError
+from modeling.target_config import TargetConfig
 from verifier_service.model.attention import paged_attention
 from verifier_service.model.step import Step
 
@@ -27,17 +27,25 @@ AttentionInterface.register(ATTENTION, paged_attention)
 chunk_gated_delta_rule = torch_chunk_gated_delta_rule
 
 
-def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
+def empty_model(target: TargetConfig, dtype: torch.dtype) -> nn.Module:
     """The text model's CausalLM class without storage (meta device), attention plugged in. Nothing leaves the disk."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    config = _text_config(target)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
         raise CheckpointError(
-            f"{directory / 'config.json'}: rope_type {rope!r} is not supported; supported are {', '.join(FIXED_ROPE)}"
+            f"{target.directory / 'config.json'}: rope_type {rope!r} is not supported; "
+            f"supported are {', '.join(FIXED_ROPE)}"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     return model.eval().requires_grad_(False)
+
+
+def _text_config(target: TargetConfig) -> PretrainedConfig:
+    if target.model_type == "kimi_k2":  # known to transformers inside a multimodal checkpoint only
+        return DeepseekV3Config.from_dict(dict(target.text))
+    config = AutoConfig.from_pretrained(target.directory, local_files_only=True, trust_remote_code=False)
+    return config.get_text_config()
 
 
 def rotary(model: nn.Module, device: str | torch.device) -> nn.Module:

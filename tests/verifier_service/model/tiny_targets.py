@@ -87,8 +87,8 @@ def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.08, generator=generator)
+            if parameter.dim() >= 2:  # between two low ranks more, or attention would be all but uniform
+                parameter.normal_(0, 0.3 if "_b_proj" in name else 0.08, generator=generator)
             elif "norm" in name or "bias" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
         for name, buffer in model.named_buffers():
