@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from verifier_service.model.step import Segment, Step
+from verifier_service.model.step import Step
 
 PACKED_ROWS = 64  # up to so many (query row, group head) pairs share one pass over a KV head
+ENTRIES = 1 << 24  # scores that may be in memory at once where they are written out
 
 
 def paged_attention(
@@ -22,27 +23,26 @@ def paged_attention(
     step: Step,
     scaling: float,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write this step's keys and values into the cache, then attend slot by slot.
 
     query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
+    s_aux [heads]: each head's sink, a score that takes its share of the attention and brings nothing.
+    Layers with a sliding window keep what has left it: a verify may be rolled back, and one block table serves all.
     """
     cache = step.caches[module.layer_idx]  # type: ignore[index]
     cache.write(step.kv_rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
     outputs = []
-    for segment in step.segments:
+    for segment in step.segments if sliding_window is None else step.windowed[sliding_window]:
         keys, values = cache.read(segment.blocks)
-        bias = segment.bias if sliding_window is None else _windowed(segment, sliding_window, query.dtype)
-        outputs.append(
-            _attend(
-                query[0, :, segment.first : segment.stop],
-                keys[: segment.context],
-                values[: segment.context],
-                bias,
-                scaling,
-            )
-        )
+        rows = query[0, :, segment.first : segment.stop]
+        keys, values = keys[segment.skip : segment.context], values[segment.skip : segment.context]
+        if s_aux is None:
+            outputs.append(_attend(rows, keys, values, segment.bias, scaling))
+        else:
+            outputs.append(_attend_with_sinks(rows, keys, values, segment.bias, scaling, s_aux))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
@@ -70,10 +70,29 @@ def _attend(
     return output.reshape(heads, rows, dim).transpose(0, 1)
 
 
-def _windowed(segment: Segment, window: int, dtype: torch.dtype) -> torch.Tensor:
-    """The segment's causal bias with everything older than `window` tokens hidden as well."""
-    rows = segment.stop - segment.first
-    at = torch.arange(segment.context, device=segment.blocks.device)
-    query_at = at[segment.context - rows :, None]
-    hidden = (at > query_at) | (at <= query_at - window)
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+def _attend_with_sinks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """As _attend, with one more column of scores. Written out: torch's fused attention takes no score per head."""
+    heads, rows, dim = query.shape
+    context, kv_heads, _ = keys.shape
+    groups = heads // kv_heads
+    share = max(1, ENTRIES // (groups * rows * context))
+    if kv_heads > share:
+        parts = zip(
+            query.split(share * groups), keys.split(share, 1), values.split(share, 1), sinks.split(share * groups)
+        )
+        return torch.cat([_attend_with_sinks(q, k, v, bias, scaling, s) for q, k, v, s in parts], dim=1)
+    scores = torch.bmm(query.reshape(kv_heads, groups * rows, dim) * scaling, keys.permute(1, 2, 0))
+    scores = scores.view(heads, rows, context)
+    if bias is not None:
+        scores += bias
+    scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, rows, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1].to(values.dtype)
+    output = torch.bmm(weights.reshape(kv_heads, groups * rows, context), values.transpose(0, 1))
+    return output.view(heads, rows, dim).transpose(0, 1)

@@ -23,7 +23,7 @@ class RankModel:
     """One rank's modules, ready to run.
 
     kv_shapes: (kv_heads, head_dim) by layer that caches keys and values, for this rank's heads; latent_widths: by layer
-    that caches latents, which no rank can divide.
+    that caches latents, which no rank can divide. windows: the sliding windows, in tokens, that some layers have.
     One copy of every weight is held, save for a tied head that is packed: its rows of the embedding are held as well.
     """
 
@@ -34,11 +34,15 @@ class RankModel:
     rotary: nn.Module
     kv_shapes: dict[int, tuple[int, int]]
     latent_widths: dict[int, int]
+    windows: frozenset[int]
     recurrent: tuple[RaggedGatedDeltaNet, ...]
 
     @property
     def kv_values_per_token(self) -> int:
-        """Cached by this rank for one token, over all layers. Latents count in full on every rank."""
+        """Cached by this rank for one token, over all layers. Latents count in full on every rank.
+
+        So do layers with a sliding window: they keep what has left it.
+        """
         return sum(2 * heads * dim for heads, dim in self.kv_shapes.values()) + sum(self.latent_widths.values())
 
 
@@ -49,6 +53,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
     kv_shapes: dict[int, tuple[int, int]] = {}
     latent_widths: dict[int, int] = {}
+    windows: set[int] = set()
     recurrent: list[RaggedGatedDeltaNet] = []
     for index, layer in enumerate(body.layers):
         prefix = f"layers.{index}."
@@ -63,6 +68,8 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
         _fill(layer, prefix, weights, family, ranks)
         if touchpoints.is_attention_layer(layer) and index not in latent_widths:
             attention = layer.self_attn
+            if (window := touchpoints.sliding_window(attention)) is not None:
+                windows.add(window)
             if touchpoints.has_sinks(attention):
                 sinks = weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
                 attention.sinks = nn.Parameter(sinks, requires_grad=False)
@@ -76,6 +83,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
         rotary=touchpoints.rotary(model, weights.device),
         kv_shapes=kv_shapes,
         latent_widths=latent_widths,
+        windows=frozenset(windows),
         recurrent=tuple(recurrent),
     )
 

@@ -65,7 +65,14 @@ class TargetRunner:
         self._rotary = RotaryTable(self._model.rotary, dtype, device)
         self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
         self._builder = StepBuilder(
-            self._tables, caches, latents, self._states, max_context=limit, dtype=dtype, device=device
+            self._tables,
+            caches,
+            latents,
+            self._states,
+            windows=self._model.windows,
+            max_context=limit,
+            dtype=dtype,
+            device=device,
         )
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
         self.shape = ModelShape(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,10 @@ PIECE = 256  # query rows of one attention call: bounds the mask's size in a lon
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens first..stop of the step that attend to one slot's first `context` tokens, their own included.
+    """Consecutive tokens first..stop of the step that attend to tokens skip..context of `blocks`, their own included.
 
-    bias: float [rows, context], 0 or -inf; None for a single row, which sees everything.
+    blocks: a slot's first ones, or in a sliding window those that any of the rows still sees, with skip as the oldest
+    token seen. bias: float [rows, context - skip], 0 or -inf; None for a single row, which sees them all.
     """
 
     first: int
@@ -26,6 +28,7 @@ class Segment:
     context: int
     blocks: torch.Tensor
     bias: torch.Tensor | None
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Step:
     kv_rows: torch.Tensor  # [tokens]
     segments: tuple[Segment, ...]
     works: tuple[tuple[Segment, ...], ...]  # the same segments, by verify row and prefill chunk
+    windowed: dict[int, tuple[Segment, ...]]  # for the layers with a sliding window of so many tokens
     verify: VerifyWindow | None
     prefill: tuple[PrefillPart, ...]
     longest_context: int
@@ -82,12 +86,14 @@ class StepBuilder:
         latents: dict[int, LatentCache],
         states: RecurrentStates | None,
         *,
+        windows: Iterable[int] = (),
         max_context: int,
         dtype: torch.dtype,
         device: str | torch.device,
     ):
         self.tables, self.caches, self.latents, self.states = tables, caches, latents, states
         self.dtype, self.device = dtype, device
+        self._windows = tuple(windows)
         self._counting = torch.arange(max_context, device=device)
 
     def build(self, plan: StepPlan) -> Step:
@@ -115,12 +121,14 @@ class StepBuilder:
                 if work.completes_prompt:
                     wanted.append(len(tokens) - 1)
         verified = sum(len(row.token_ids) for row in plan.verify)
+        segments = tuple(segment for work in works for segment in work)
         return Step(
             token_ids=self._indices(tokens),
             positions=self._indices(positions),
             kv_rows=self._tensor(kv_rows[0] if len(kv_rows) == 1 else np.concatenate(kv_rows)),
-            segments=tuple(segment for work in works for segment in work),
+            segments=segments,
             works=tuple(works),
+            windowed={window: tuple(self._narrowed(s, window) for s in segments) for window in self._windows},
             verify=self._window(plan.verify, verified) if plan.verify else None,
             prefill=tuple(prefill),
             longest_context=longest,
@@ -147,8 +155,28 @@ class StepBuilder:
             )
         return segments
 
-    def _causal(self, start: int, context: int) -> torch.Tensor:
-        hidden = self._counting[:context] > self._counting[start:context, None]
+    def _narrowed(self, whole: Segment, window: int) -> Segment:
+        """Of a segment over a slot's whole context, what its rows see of it through a sliding window."""
+        rows = whole.stop - whole.first
+        if whole.context <= window:
+            return whole
+        oldest = max(0, whole.context - rows - window + 1)  # seen by the first row; the others see less of the past
+        unseen, size = oldest // self.tables.block_tokens, self.tables.block_tokens
+        return Segment(
+            first=whole.first,
+            stop=whole.stop,
+            context=whole.context - unseen * size,
+            blocks=whole.blocks[unseen:],
+            bias=None if rows == 1 else self._causal(whole.context - rows, whole.context, oldest, window),
+            skip=oldest - unseen * size,
+        )
+
+    def _causal(self, start: int, context: int, oldest: int = 0, window: int | None = None) -> torch.Tensor:
+        """Of rows start..context over tokens oldest..context."""
+        token, row = self._counting[oldest:context], self._counting[start:context, None]
+        hidden = token > row
+        if window is not None:
+            hidden |= token <= row - window
         return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
 
     def _window(self, rows: tuple[VerifyRow, ...], tokens: int) -> VerifyWindow:

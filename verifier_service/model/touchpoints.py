@@ -88,6 +88,11 @@ def has_sinks(attention: nn.Module) -> bool:
     return hasattr(attention, "sinks")
 
 
+def sliding_window(attention: nn.Module) -> int | None:
+    """In tokens, the row's own included; None: the layer sees everything."""
+    return getattr(attention, "sliding_window", None)
+
+
 def has_interleaved_projections(delta_net: nn.Module) -> bool:
     return hasattr(delta_net, "in_proj_qkvz")
 

@@ -39,9 +39,11 @@ KV_VALUES = {
     "qwen3_moe": 3 * 2 * 32,
     "qwen3_5": 2 * 32,
     "qwen3_5_moe": 2 * 32,
+    "qwen3_next": 2 * 32,
+    "gpt_oss": 3 * 2 * 32,
 }
 KV_VALUES["deepseek_v3"] = 3 * (32 + 8)  # layers x latent and rotary key, the same on every rank
-REPLICATED = r"norm|embed_tokens|mlp\.gate\.|shared_expert_gate|o_proj\.bias|_a_proj"
+REPLICATED = r"norm|embed_tokens|mlp\.gate\.|shared_expert_gate|o_proj\.bias|router|down_proj_bias|_a_proj"
 
 
 def _rank(rank: int, directories: dict[str, Path], rendezvous: str, out: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 VOCABULARY = 250  # not a multiple of 4: an uneven vocabulary at four ranks
@@ -76,6 +78,21 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(**_DENSE, **_EXPERTS, mlp_only_layers=[1], norm_topk_prob=True),
     "qwen3_5": Qwen3_5TextConfig(**_HYBRID, intermediate_size=96),
     "qwen3_5_moe": Qwen3_5MoeTextConfig(**_HYBRID, **_EXPERTS, shared_expert_intermediate_size=48),
+    "qwen3_next": Qwen3NextConfig(
+        **{**_HYBRID, "linear_num_key_heads": 2},
+        **_EXPERTS,
+        shared_expert_intermediate_size=48,
+        intermediate_size=96,
+        mlp_only_layers=[1],
+    ),
+    "gpt_oss": GptOssConfig(
+        **{**_COMMON, "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 8},
+        num_experts_per_tok=2,
+        sliding_window=6,
+        swiglu_limit=0.3,  # so low that it matters here
+        rope_parameters={**_YARN, "mscale": None, "mscale_all_dim": None, "rope_theta": 150000.0, "truncate": False},
+        attention_bias=True,
+    ),
     "deepseek_v3": DeepseekV3Config(**_LATENT),  # as Kimi is: one group of experts, long by yarn
 }
 
@@ -89,6 +106,8 @@ def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:  # between two low ranks more, or attention would be all but uniform
                 parameter.normal_(0, 0.3 if "_b_proj" in name else 0.08, generator=generator)
+            elif "sinks" in name:
+                parameter.normal_(0, 2, generator=generator)
             elif "norm" in name or "bias" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
         for name, buffer in model.named_buffers():
