@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cluster.errors import ConfigError
+from deploy.architecture import check_architecture
 from deploy.config import Application
 from verifier_service.fit import check_fit
 
@@ -18,14 +19,27 @@ def checked(application: Application) -> Application:
 
     A relative path is looked up in the current directory first, then in the checkout that this file is part of.
     """
-    verifier = application.verifier
-    paths = {"target": str(_directory("verifier.target", verifier.target))}
+    verifier, drafter = application.verifier, None
+    target = _directory("verifier.target", verifier.target)
+    if verifier.architecture is not None:
+        check_architecture("verifier.architecture", verifier.architecture, "verifier.target", target)
     if verifier.drafter is not None and verifier.speculation.mode != "none":
         key = "drafter.checkpoint" if application.drafter is not None else "verifier.drafter"
-        paths["drafter"] = str(_directory(key, verifier.drafter))
-    found = verifier.model_copy(update=paths)
+        drafter = _directory(key, verifier.drafter)
+        if application.drafter is not None and application.drafter.architecture is not None:
+            check_architecture("drafter.architecture", application.drafter.architecture, key, drafter)
+    return fitting(application, target, drafter)
+
+
+def fitting(application: Application, target: Path, checkpoint: Path | None) -> Application:
+    """The application with these for its target and its drafter's checkpoint (directories, or config.json alone).
+
+    Raises ConfigError if they do not fit each other or the settings.
+    """
+    paths = {"target": str(target)} | ({"drafter": str(checkpoint)} if checkpoint is not None else {})
+    found = application.verifier.model_copy(update=paths)
     check_fit(found)
-    _check_device("verifier", "rank_resources", verifier.device, verifier.bundles[1])
+    _check_device("verifier", "rank_resources", found.device, found.bundles[1])
     if application.drafter is None:
         return application.model_copy(update={"verifier": found})
     _check_device("drafter", "resources", application.drafter.device, application.drafter.bundles[1])
@@ -44,12 +58,20 @@ def explained(error: ValidationError) -> list[str]:
     return lines
 
 
-def _directory(key: str, given: str) -> Path:
+def find_directory(given: str) -> Path | None:
+    """A checkpoint's directory, if it is on this machine."""
+    return next((candidate for candidate in _places(given) if candidate.is_dir()), None)
+
+
+def _places(given: str) -> list[Path]:
     path = Path(given).expanduser()
-    tried = [path] if path.is_absolute() else [Path.cwd() / path, CHECKOUT / path]
-    found = next((candidate for candidate in tried if candidate.is_dir()), None)
+    return [path] if path.is_absolute() else [Path.cwd() / path, CHECKOUT / path]
+
+
+def _directory(key: str, given: str) -> Path:
+    found = find_directory(given)
     if found is None:
-        places = " nor ".join(str(candidate) for candidate in dict.fromkeys(tried))
+        places = " nor ".join(str(candidate) for candidate in dict.fromkeys(_places(given)))
         raise ConfigError(f"{key} is {given!r}, but there is no directory {places}: give a checkpoint's directory")
     if not (found / "config.json").is_file():
         raise ConfigError(f"{key} is {given!r}, but {found} holds no config.json: give a checkpoint's directory")

@@ -34,6 +34,11 @@ class VerifierPart(VerifierSettings):
     rank_resources: Resources | None = Field(
         default=None, description="of each rank's bundle; None = a GPU and a CPU, or a CPU for each of a rank's threads"
     )
+    architecture: str | None = Field(
+        default=None,
+        description="which of deploy/architectures the target is: `paceline plan` reads it where the checkpoint is "
+        "not on its machine; at start the checkpoint must agree with it",
+    )
     placement: Placement = Field(default="STRICT_PACK", description="of a replica's ranks; STRICT_PACK = one node")
     start_timeout_s: float = Field(default=900.0, gt=0, description="from process start to a loaded target")
     max_step_s: float = Field(default=30.0, gt=0, description="a busy engine without a step for so long is replaced")
@@ -54,6 +59,9 @@ class DrafterPart(DrafterSettings):
 
     replicas: int = Field(default=1, ge=1)
     front_cpus: float = Field(default=0.1, ge=0, description="CPUs of a replica's front")
+    architecture: str | None = Field(
+        default=None, description="which of deploy/architectures the checkpoint is, as in the verifier's section"
+    )
     resources: Resources | None = Field(
         default=None, description="of the model's bundle; None = a GPU and a CPU, or a CPU for each thread"
     )

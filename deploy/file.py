@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ BUILDER = "deploy.app:build"
 
 @dataclass(frozen=True)
 class DeployFile:
-    """schema: Ray Serve's own form of the whole file. application: the checked arguments of its one application."""
+    """schema: Ray Serve's own form of the whole file. application: the arguments of its one application."""
 
     schema: Any
     name: str
@@ -30,10 +30,19 @@ class DeployFile:
 
 
 def read_deploy_file(path: Path) -> DeployFile:
-    """Read and check everything that can be checked without starting anything. Raises ConfigError.
+    """Read and check everything that can be checked without starting anything, checkpoints included.
 
-    Stricter than `serve run`, which ignores unknown keys of deployments.
+    Raises ConfigError. Stricter than `serve run`, which ignores unknown keys of deployments.
     """
+    file = parse_deploy_file(path)
+    try:
+        return replace(file, application=checked(file.application))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: args: {error}") from error
+
+
+def parse_deploy_file(path: Path) -> DeployFile:
+    """Read and check the file itself; its checkpoints need not be on this machine. Raises ConfigError."""
     from ray.serve.schema import ServeDeploySchema
 
     raw = _mapping(path)
@@ -54,10 +63,6 @@ def read_deploy_file(path: Path) -> DeployFile:
         schema = ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_listed(path, explained(error))) from error
-    try:
-        application = checked(application)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: args: {error}") from error
     first = schema.applications[0]
     http = schema.http_options
     return DeployFile(schema, first.name, application, http.host, http.port, first.route_prefix or "/")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling.target_config import configuration_file
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -33,8 +35,8 @@ class DFlashConfig:
 
     @classmethod
     def load(cls, directory: str | Path) -> DFlashConfig:
-        """Read and check `config.json`. Raises DraftCheckpointError."""
-        path = Path(directory) / "config.json"
+        """Read and check `config.json`, of a directory or alone. Raises DraftCheckpointError."""
+        path = configuration_file(directory)
         if not path.is_file():
             raise DraftCheckpointError(f"drafter checkpoint {str(directory)!r}: {path} does not exist")
         try:
@@ -45,7 +47,7 @@ class DFlashConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], directory: Path) -> DFlashConfig:
-        where = directory / "config.json"
+        where = configuration_file(directory)
         extra = raw.get("dflash_config") or {}
 
         def need(key: str, *sources: dict[str, Any]) -> Any:

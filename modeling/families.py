@@ -49,7 +49,7 @@ def family_of(config: TargetConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise CheckpointError(
-            f"{config.directory / 'config.json'}: model_type {config.model_type!r} is not supported; "
+            f"{config.file}: model_type {config.model_type!r} is not supported; "
             f"supported are {', '.join(sorted(FAMILIES))}"
         )
     return family

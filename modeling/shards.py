@@ -58,5 +58,12 @@ class Shard:
             base += section.units * section.width
         return pieces
 
+    def part_shape(self, shape: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
+        """Shape of what the rank holds. Raises as `slices` does."""
+        if self.dim is None:
+            return shape
+        held = sum(piece[self.dim].stop - piece[self.dim].start for piece in self.slices(shape, rank, size))
+        return (*shape[: self.dim], held, *shape[self.dim + 1 :])
+
 
 REPLICATED = Shard()

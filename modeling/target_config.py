@@ -14,7 +14,10 @@ from modeling.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The text model of a checkpoint. `text` is its configuration as on disk (the text tower's, if multimodal)."""
+    """The text model of a checkpoint. `text` is its configuration as on disk (the text tower's, if multimodal).
+
+    directory: the checkpoint's, or a configuration file that stands alone.
+    """
 
     directory: Path
     model_type: str
@@ -25,6 +28,11 @@ class TargetConfig:
     tied: bool
     text: Mapping[str, Any]
 
+    @property
+    def file(self) -> Path:
+        """Where it was read."""
+        return configuration_file(self.directory)
+
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number of the text configuration; CheckpointError if it is absent and has no default."""
         value = self.text.get(key)
@@ -32,23 +40,32 @@ class TargetConfig:
             value = default
         if not isinstance(value, int):
             raise CheckpointError(
-                f"{self.directory / 'config.json'} must give {key} as a whole number, not {value!r}: "
-                "take the checkpoint's own config.json"
+                f"{self.file} must give {key} as a whole number, not {value!r}: take the checkpoint's own config.json"
             )
         return value
 
 
-def read_target_config(directory: str | Path) -> TargetConfig:
-    """Read and check config.json. Raises CheckpointError naming the file and key if it cannot be used."""
-    path = Path(directory) / "config.json"
+def configuration_file(checkpoint: str | Path) -> Path:
+    """config.json of a checkpoint directory; a path that ends in .json stands for itself."""
+    path = Path(checkpoint)
+    return path if path.suffix == ".json" else path / "config.json"
+
+
+def read_target_config(checkpoint: str | Path) -> TargetConfig:
+    """Read and check config.json, of a directory or alone (no weights are needed).
+
+    Raises CheckpointError naming the file and key if it cannot be used.
+    """
+    path = configuration_file(checkpoint)
     raw = _read_json(path)
     text = raw.get("text_config") or raw
     model_type = text.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} has no model_type: take the checkpoint's own config.json")
-    bare = TargetConfig(path.parent, model_type, 0, 0, 0, 0, False, text)
+    directory = Path(checkpoint)
+    bare = TargetConfig(directory, model_type, 0, 0, 0, 0, False, text)
     return TargetConfig(
-        directory=path.parent,
+        directory=directory,
         model_type=model_type,
         vocabulary=bare.integer("vocab_size"),
         hidden=bare.integer("hidden_size"),

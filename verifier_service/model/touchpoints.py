@@ -33,12 +33,19 @@ def empty_model(target: TargetConfig, dtype: torch.dtype) -> nn.Module:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
         raise CheckpointError(
-            f"{target.directory / 'config.json'}: rope_type {rope!r} is not supported; "
-            f"supported are {', '.join(FIXED_ROPE)}"
+            f"{target.file}: rope_type {rope!r} is not supported; supported are {', '.join(FIXED_ROPE)}"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     return model.eval().requires_grad_(False)
+
+
+def text_shapes(target: TargetConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the text model's tensors, by name without the model's prefix; a tied head is none of them."""
+    state = empty_model(target, torch.bfloat16).state_dict()
+    if target.tied:
+        state.pop("lm_head.weight", None)
+    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _text_config(target: TargetConfig) -> PretrainedConfig:
