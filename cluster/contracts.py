@@ -9,21 +9,34 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """temperature 0 is greedy. top_k 0 and top_p 1.0 mean "off". `logprobs`: None, or how many alternatives (0..20)."""
+    """Applied in this order: logit_bias, repetition, frequency and presence penalty, temperature, top_k, top_p, min_p.
+    The defaults change nothing.
+
+    temperature 0 is greedy. top_k 0 and top_p 1.0 mean "off". min_p: least probability, as a share of the best token's.
+    presence_penalty, frequency_penalty: taken off the logit of a token that is in the output, once or per occurrence.
+    repetition_penalty: divides the logit (multiplies, below 0) of a token that is in the prompt or the output.
+    logit_bias: (token id, what is added to its logit). `logprobs`: None, or how many alternatives (0..20).
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
     """One generation as an engine takes it. Also the form in which a request resumes elsewhere after a failure.
 
     request_id: idempotency key, the same across re-submissions. choice: 0..n-1 of the client's n.
-    generated_ids: already emitted (resume); context for the model, output for limits and usage.
+    generated_ids: already emitted (resume); context for the model, output for limits, penalties, grammar and usage.
     seed: always set; with (choice, absolute position, token id) it keys every random number.
-    max_new_tokens: in total, generated_ids included. max_draft_tokens: None = the engine's choice, 0 = plain decoding.
+    max_new_tokens: in total, generated_ids included. min_new_tokens: so many come before any of stop_token_ids can.
+    max_draft_tokens: None = the engine's choice, 0 = plain decoding.
     deadline: unix seconds; past it the request finishes with "deadline".
     """
 

@@ -25,12 +25,12 @@ def cut(
 ) -> tuple[int, str | None]:
     """How many of the new `tokens` are output, and why it ends there: "stop", "length" or None.
 
-    generated: output tokens before these. A stop token is part of the output; it does not stop before
-    min_new_tokens, itself counted.
+    generated: output tokens before these. A stop token is part of the output; it stops once min_new_tokens others came
+    before it (where it would come earlier, its logit is masked).
     """
     count = min(len(tokens), max_new_tokens - generated)
     if stop_token_ids:
-        for index in range(max(0, min_new_tokens - generated - 1), count):
+        for index in range(max(0, min_new_tokens - generated), count):
             if tokens[index] in stop_token_ids:
                 return index + 1, "stop"
     return count, "length" if generated + count >= max_new_tokens else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cluster.contracts import Delta, EngineRequest, TokenLogprobs
-from verifier_service.sampling import logprobs
+from verifier_service.sampling.logprobs import logprobs
 from verifier_service.sequence import Progress
 
 Sink = Callable[[list[Delta]], None]

@@ -25,8 +25,9 @@ from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
 from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.plain import NoProposer
-from verifier_service.sampling import Draw, sample
-from verifier_service.scheduler import SampledRows, Scheduler, SchedulerLimits
+from verifier_service.sampling.sampler import sample
+from verifier_service.sampling.shaping import draws_of, shaping_of
+from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import Key, RunningRequest, key_of
 from verifier_service.tally import Tally
 from verifier_service.validation import RequestLimits, problem
@@ -200,7 +201,7 @@ class Engine:
         output = self._runner.forward(plan)
         forward = time.monotonic() - before
         assert output.logits is not None, "rank 0 gets the logits"
-        samples = sample(output.logits, _draws(self._scheduler.sampled_rows())) if output.logits.shape[0] else []
+        samples = sample(output.logits, draws_of(self._scheduler.sampled_rows())) if output.logits.shape[0] else []
         progress = self._scheduler.commit(samples)
         self._drafting.advance(progress, output.taps)
         self._emission.emit(progress, output.logits)
@@ -257,7 +258,7 @@ class Engine:
             sink([Delta(request.request_id, request.choice, (), finish=ended)])
         else:
             try:
-                self._scheduler.add(request, sink)
+                self._scheduler.add(request, sink, shaping_of(request))
             except OverloadedError as error:
                 sink([error_delta(request, str(error), "overloaded")])
                 return
@@ -304,13 +305,9 @@ def follow(runner: Runner, channel: PlanChannel) -> None:
             runner.forward(plan)
 
 
-def _draws(rows: list[SampledRows]) -> list[Draw]:
-    return [Draw(r.row, r.count, r.position, r.request.seed, r.request.choice, r.request.sampling) for r in rows]
-
-
 def _already_ended(request: EngineRequest) -> str | None:
     """A resumed request may have had its last token before its engine died."""
     generated = request.generated_ids
-    if generated and generated[-1] in request.stop_token_ids and len(generated) >= request.min_new_tokens:
+    if generated and generated[-1] in request.stop_token_ids and len(generated) > request.min_new_tokens:
         return "stop"
     return "length" if len(generated) >= request.max_new_tokens else None

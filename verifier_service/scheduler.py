@@ -36,12 +36,16 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """Rows row .. row + count - 1 of the step's logits, of one request; row + i decides position `position` + i."""
+    """Rows row .. row + count - 1 of the step's logits, of one request; row + i decides position `position` + i.
 
-    request: EngineRequest
+    Row + i follows the request's tokens and drafts[:i].
+    """
+
+    sequence: RunningRequest
     row: int
     count: int
     position: int
+    drafts: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -84,7 +88,7 @@ class Scheduler:
         sequence = self._requests.get(key)
         return sequence.sink if sequence is not None else None
 
-    def add(self, request: EngineRequest, sink: Any = None) -> RunningRequest:
+    def add(self, request: EngineRequest, sink: Any = None, shaping: Any = None) -> RunningRequest:
         """Queue a valid, new request. Raises OverloadedError if max_waiting others wait for whom no slot is free."""
         if len(self._waiting) - len(self._free_slots) >= self.limits.max_waiting:
             raise OverloadedError(
@@ -92,7 +96,7 @@ class Scheduler:
                 f"limit (max_waiting {self.limits.max_waiting}): try again later"
             )
         self._arrivals += 1
-        sequence = RunningRequest(request, (request.priority, self._arrivals), sink)
+        sequence = RunningRequest(request, (request.priority, self._arrivals), sink, shaping)
         self._requests[sequence.key] = sequence
         insort(self._waiting, sequence, key=_order)
         return sequence
@@ -128,18 +132,20 @@ class Scheduler:
         )
 
     def sampled_rows(self) -> list[SampledRows]:
-        """Of the planned step, for the requests that are not greedy."""
-        if all(sequence.greedy for sequence, _ in self._planned):
+        """Of the planned step, for the requests whose token is not just the best one."""
+        if all(sequence.plain for sequence, _ in self._planned):
             return []
         found = []
         row = 0
         for sequence, work in self._planned:
             count = len(work.token_ids)
-            position = work.start + 1
-            if isinstance(work, PrefillChunk):
+            if isinstance(work, VerifyRow):
+                if not sequence.plain:
+                    found.append(SampledRows(sequence, row, count, work.start + 1, work.token_ids[1:]))
+            else:
                 position, count = work.start + count, int(work.completes_prompt)
-            if count and not sequence.greedy:
-                found.append(SampledRows(sequence.request, row, count, position))
+                if count and not sequence.plain:
+                    found.append(SampledRows(sequence, row, count, position))
             row += count
         return found
 

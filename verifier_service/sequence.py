@@ -22,12 +22,14 @@ class RunningRequest:
 
     While decoding, computed == len(tokens) - 1; before that, the prompt (and what a resumed or preempted request had
     generated) is prefilled. slot -1: waiting, holds no blocks. drafts: to follow tokens[-1], set by a proposer.
-    order: (priority, arrival): lower goes first. sink: where its Deltas go, opaque to the scheduler.
+    order: (priority, arrival): lower goes first. sink: where its Deltas go. shaping: what changes its logits
+    before a token is taken; None = nothing. Both are opaque to the scheduler. plain: always the best token as it is.
     """
 
     request: EngineRequest
     order: tuple[int, int]
     sink: Any = None
+    shaping: Any = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     slot: int = -1
@@ -36,12 +38,12 @@ class RunningRequest:
     last_step: int = 0
     key: Key = field(init=False)
     prompt_tokens: int = field(init=False)
-    greedy: bool = field(init=False)
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.key = key_of(self.request)
         self.prompt_tokens = len(self.request.prompt_ids)
-        self.greedy = self.request.sampling.temperature < GREEDY_BELOW
+        self.plain = self.shaping is None and self.request.sampling.temperature < GREEDY_BELOW
         self.tokens = [*self.request.prompt_ids, *self.request.generated_ids]
 
     @property

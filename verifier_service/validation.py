@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from cluster.contracts import EngineRequest
 
 MAX_LOGPROBS = 20
+MAX_BIASED = 1024
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0  # presence and frequency, of either sign
+MAX_REPETITION_PENALTY = 10.0
 MAX_REQUEST_ID = 256  # characters
 INT32 = 1 << 31
 
@@ -23,7 +27,7 @@ class RequestLimits:
 
 def problem(request: EngineRequest, limits: RequestLimits) -> str | None:
     """The first thing that makes a request impossible to serve, or None."""
-    return _ids(request, limits) or _lengths(request, limits) or _sampling(request)
+    return _ids(request, limits) or _lengths(request, limits) or _sampling(request, limits)
 
 
 def _ids(request: EngineRequest, limits: RequestLimits) -> str | None:
@@ -39,6 +43,8 @@ def _ids(request: EngineRequest, limits: RequestLimits) -> str | None:
         if ids and (min(ids) < 0 or max(ids) >= limits.vocabulary):
             at, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < limits.vocabulary)
             return f"{name}[{at}] is {token}: the target's vocabulary is 0..{limits.vocabulary - 1}"
+    if wrong := [token for token in request.stop_token_ids if not 0 <= token < limits.vocabulary]:
+        return f"stop_token_ids holds {wrong[0]}: the target's vocabulary is 0..{limits.vocabulary - 1}"
     return None
 
 
@@ -61,7 +67,7 @@ def _lengths(request: EngineRequest, limits: RequestLimits) -> str | None:
     return None
 
 
-def _sampling(request: EngineRequest) -> str | None:
+def _sampling(request: EngineRequest, limits: RequestLimits) -> str | None:
     params = request.sampling
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         return f"sampling.temperature is {params.temperature}: it must be 0 (greedy) or a finite number above"
@@ -69,6 +75,21 @@ def _sampling(request: EngineRequest) -> str | None:
         return f"sampling.top_p is {params.top_p}: it must be above 0 and at most 1"
     if not 0 <= params.top_k < INT32:
         return f"sampling.top_k is {params.top_k}: 0 is off, otherwise it must be in 1..{INT32 - 1}"
+    if not 0 <= params.min_p <= 1:
+        return f"sampling.min_p is {params.min_p}: 0 is off, otherwise it must be at most 1"
+    for name, value in (("presence", params.presence_penalty), ("frequency", params.frequency_penalty)):
+        if not -MAX_PENALTY <= value <= MAX_PENALTY:
+            return f"sampling.{name}_penalty is {value}: it must be in -{MAX_PENALTY:g}..{MAX_PENALTY:g}"
+    if not 0 < params.repetition_penalty <= MAX_REPETITION_PENALTY:
+        limit = f"{MAX_REPETITION_PENALTY:g}"
+        return f"sampling.repetition_penalty is {params.repetition_penalty}: it must be above 0 and at most {limit}"
+    if len(params.logit_bias) > MAX_BIASED:
+        return f"sampling.logit_bias holds {len(params.logit_bias)} tokens: at most {MAX_BIASED} are possible"
+    for token, bias in params.logit_bias:
+        if not 0 <= token < limits.vocabulary:
+            return f"sampling.logit_bias names token {token}: the target's vocabulary is 0..{limits.vocabulary - 1}"
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            return f"sampling.logit_bias of token {token} is {bias}: it must be in -{MAX_BIAS:g}..{MAX_BIAS:g}"
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         return f"sampling.logprobs is {params.logprobs}: it must be in 0..{MAX_LOGPROBS}"
     if request.deadline is not None and not math.isfinite(request.deadline):

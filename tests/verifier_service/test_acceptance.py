@@ -34,7 +34,7 @@ def test_output_is_cut_as_one_token_at_a_time_would_be(
     expected: tuple[int, str | None] = (0, None)
     for index, token in enumerate(new, 1):
         expected = (index, None)
-        if token in stops and generated + index >= least:
+        if token in stops and generated + index > least:
             expected = (index, "stop")
             break
         if generated + index >= most:

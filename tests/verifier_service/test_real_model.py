@@ -108,3 +108,32 @@ def test_seeded_output_is_the_same_with_drafts_and_without(target):
     drafted, counters = run(target[0], Oracle(plain, "partly"), sampling=sampling)
     assert drafted == plain
     assert counters["accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"repetition_penalty": 1.6}, {"sampling": SamplingParams(repetition_penalty=1.6)}),
+        (
+            {"sequence_bias": [[[17], 2.5], [[40], -100.0]], "repetition_penalty": 0.9},
+            {"sampling": SamplingParams(repetition_penalty=0.9, logit_bias=((17, 2.5), (40, -100.0)))},
+        ),
+        (
+            {"min_new_tokens": 9, "eos_token_id": list(range(0, 250, 3)), "repetition_penalty": 1.2},
+            {
+                "sampling": SamplingParams(repetition_penalty=1.2),
+                "min_new_tokens": 9,
+                "stop_token_ids": frozenset(range(0, 250, 3)),
+            },
+        ),
+    ],
+)
+def test_greedy_output_with_processors_equals_transformers_generate_with_them(target, theirs, ours):
+    expected = {}
+    for i, prompt in enumerate(PROMPTS):
+        fixed = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": OUTPUT}
+        out = target[1].generate(torch.tensor([prompt]), **{**fixed, "eos_token_id": None, **theirs})
+        expected[f"r{i}"] = out[0, len(prompt) :].tolist()
+    outputs, counters = run(target[0], Oracle(expected, "partly"), **ours)
+    assert outputs == expected
+    assert counters["accepted_tokens"] > 0

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from cluster.contracts import SamplingParams
-from verifier_service.sampling import CANDIDATES, NO_TOKEN, Draw, logprobs, row_keys, sample, uniform
+from verifier_service.sampling.draw import CANDIDATES, Draw
+from verifier_service.sampling.logprobs import logprobs
+from verifier_service.sampling.race import row_keys, uniform
+from verifier_service.sampling.sampler import NO_TOKEN, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5])
 DRAWS = 20_000

@@ -255,7 +255,7 @@ def test_a_stop_token_ends_the_output_and_is_part_of_it():
 def test_a_stop_token_before_min_new_tokens_does_not_end_the_output():
     plain = MODEL.greedy(request("a").prompt_ids, 8)
     loop = Loop()
-    loop.add(request("a", stop_token_ids=frozenset(plain[:4]), min_new_tokens=4))
+    loop.add(request("a", stop_token_ids=frozenset(plain[:4]), min_new_tokens=3))
     loop.run()
     assert loop.output["a"] == plain[:4]
 
@@ -280,4 +280,4 @@ def test_rows_of_sampled_requests_carry_their_absolute_positions():
     loop.add(request("sampled", prompt=5, sampling=SamplingParams(temperature=1.0)))
     loop.scheduler.plan()
     (rows,) = loop.scheduler.sampled_rows()
-    assert (rows.request.request_id, rows.row, rows.count, rows.position) == ("sampled", 1, 1, 5)
+    assert (rows.sequence.request.request_id, rows.row, rows.count, rows.position) == ("sampled", 1, 1, 5)
