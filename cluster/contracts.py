@@ -136,6 +136,9 @@ class Deltas(msgspec.Struct, frozen=True, tag="deltas"):
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """An engine's own account. seconds_since_step: age of the last finished step (heartbeat steps count).
 
+    step_limit_s: the age from which the step under way counts as stuck, by the engine's own measured steps; infinite
+    during warm-up.
+
     draft_seconds: time a step waited for drafts, in total; step_seconds: time in steps, in total.
     """
 
@@ -150,6 +153,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     drafter_id: str
     epoch: int
     counters: dict[str, float]
+    step_limit_s: float = float("inf")
 
 
 ToEngine = Submit | Abort | Probe | SetDrafters | Configure

@@ -41,7 +41,11 @@ class VerifierPart(VerifierSettings):
     )
     placement: Placement = Field(default="STRICT_PACK", description="of a replica's ranks; STRICT_PACK = one node")
     start_timeout_s: float = Field(default=900.0, gt=0, description="from process start to a loaded target")
-    max_step_s: float = Field(default=30.0, gt=0, description="a busy engine without a step for so long is replaced")
+    max_step_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="an engine without a step for so long is replaced; measured steps set a closer limit after warm-up",
+    )
 
     @property
     def settings(self) -> VerifierSettings:

@@ -68,6 +68,7 @@ POLICY = (
     "verifier_service/proposers/patience.py",
     "verifier_service/scheduler.py",
     "verifier_service/sequence.py",
+    "verifier_service/step_watch.py",
     "verifier_service/tally.py",
     "verifier_service/validation.py",
 )

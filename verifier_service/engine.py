@@ -29,6 +29,7 @@ from verifier_service.sampling.sampler import sample
 from verifier_service.sampling.shaping import draws_of, shaping_of
 from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import Key, RunningRequest, key_of
+from verifier_service.step_watch import StepWatch
 from verifier_service.tally import Tally
 from verifier_service.validation import RequestLimits, problem
 
@@ -97,6 +98,8 @@ class Engine:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._step_ended = time.monotonic()
+        self._watch = StepWatch()
+        self._step_limit_s = float("inf")
 
     # Thread-safe.
 
@@ -150,6 +153,7 @@ class Engine:
             drafter_id=drafting.drafter_id,
             epoch=drafting.epoch,
             counters={**self._tally.counters(), "preemptions": float(scheduler.preemptions), **drafting.counters},
+            step_limit_s=self._step_limit_s,
         )
 
     def start(self) -> None:
@@ -196,6 +200,8 @@ class Engine:
     def _step(self) -> None:
         began = time.monotonic()
         plan = self._scheduler.plan()
+        tokens = sum(len(work.token_ids) for part in (plan.verify, plan.prefill) for work in part)
+        self._step_limit_s = self._watch.limit(tokens)
         self._channel.send(plan)
         before = time.monotonic()
         output = self._runner.forward(plan)
@@ -209,16 +215,19 @@ class Engine:
         drafting = self._drafting.collect()
         self._step_ended = time.monotonic()
         seconds = self._step_ended - began
+        self._step_limit_s = self._watch.ended(tokens, seconds)
         self._drafting.learn(progress, bool(plan.prefill), seconds - drafting)
         self._tally.step(plan, progress, seconds, forward, drafting)
 
     def _beat(self) -> None:
         """An empty step, so that a rank that has died is noticed while nothing else happens."""
+        began = time.monotonic()
         plan = self._scheduler.plan()
         self._channel.send(plan)
         self._runner.forward(plan)
         self._scheduler.commit(())
         self._step_ended = time.monotonic()
+        self._step_limit_s = self._watch.ended(0, self._step_ended - began)
 
     def _wait_for_work(self) -> bool:
         """False if nothing has come within a heartbeat."""

@@ -128,7 +128,7 @@ class Engine:
         busy = status.running + status.waiting > 0
         if age > self._settings.health_window_s:
             problem = f"it has not answered a probe for {age:.1f} s"
-        elif busy and status.seconds_since_step > self._settings.engine_silence_s:
+        elif busy and status.seconds_since_step > min(self._settings.engine_silence_s, status.step_limit_s):
             problem = f"it is busy, but has finished no step for {status.seconds_since_step:.1f} s"
         return EngineHealth(
             self.address,

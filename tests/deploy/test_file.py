@@ -6,6 +6,8 @@ import pytest
 from cluster.errors import ConfigError
 from deploy.file import read_deploy_file
 
+pytest.importorskip("ray")
+
 
 def refusal(path) -> str:
     with pytest.raises(ConfigError) as caught:

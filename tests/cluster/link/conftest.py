@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,11 @@ class DrafterProcess:
         self.address = self.stdout.readline().strip()
 
     def signal(self, number: int) -> None:
+        """A stop is awaited: on another core the process runs on for a moment."""
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            state = Path(f"/proc/{self.process.pid}/stat")
+            echo.eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
 
     def end(self) -> None:
         self.process.kill()
