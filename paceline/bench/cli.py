@@ -115,6 +115,31 @@ def server(
         raise typer.Exit(1)
 
 
+@app.command()
+def host(
+    requests: Annotated[int, typer.Option(min=1, help="decoding at once")] = 256,
+    drafts: Annotated[int, typer.Option(min=1, help="of a block, in the drafted row")] = 7,
+    right: Annotated[int, typer.Option(min=0, help="of them that stand")] = 3,
+    steps: Annotated[int, typer.Option(min=4, help="of a run")] = 200,
+    repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are shown")] = 3,
+    json: Json = None,
+) -> None:
+    """Measure what a step costs beside the model: the engine runs with a null model and a null drafter."""
+    from paceline.bench.host import HostOptions, measure, table, write_json
+    from paceline.bench.machine import describe
+    from paceline.progress import bar
+
+    machine = describe()
+    try:
+        with bar("runs", 2 * repeat) as advance:
+            rows = measure(HostOptions(requests, drafts, right, steps, repeat), advance)
+    except PacelineError as error:
+        _fail(error)
+    _console().print(table(rows))
+    if json is not None:
+        write_json(json, rows, machine)
+
+
 def _console() -> Console:
     """As wide as the terminal; wide enough for any table where there is none."""
     console = Console()

@@ -1,0 +1,157 @@
+"""What a step costs beside the model: planning, packing, acceptance, emission and, with drafts, the link's bookkeeping."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cluster.contracts import Delta, EngineInfo, EngineRequest
+from cluster.errors import PacelineError
+from paceline.bench.interleave import order
+from paceline.bench.null_model import VOCABULARY, NullFuser, NullLink, NullRunner
+from verifier_service.engine import Engine
+from verifier_service.features import FeatureStore
+from verifier_service.packing import pack
+from verifier_service.plan import StepPlan
+from verifier_service.proposers.linked import LinkProposer
+from verifier_service.scheduler import SchedulerLimits
+
+BLOCK_TOKENS = 16
+PROMPT_TOKENS = 32
+RUN_S = 300.0
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """requests: at once, all of them decoding. drafts: of a block; right: how many of them stand. steps: measured."""
+
+    requests: int = 256
+    drafts: int = 7
+    right: int = 3
+    steps: int = 200
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """Milliseconds a step outside the model's forward: medians over steps, of the median run.
+
+    cpu_ms: the engine thread's own time, which a busy machine changes little; wall_ms: as the clock says.
+    """
+
+    name: str
+    requests: int
+    tokens: int
+    cpu_ms: float
+    wall_ms: float
+    packed_bytes: int
+
+
+def measure(options: HostOptions, advance: Callable[[int, str], None]) -> list[HostRow]:
+    """Rows "plain" and "drafted", runs interleaved. Raises PacelineError if a run does not end."""
+    runs: dict[str, list[HostRow]] = {"plain": [], "drafted": []}
+    for name in order(list(runs), options.repeats):
+        row = _run(name, options, options.drafts if name == "drafted" else 0)
+        runs[name].append(row)
+        advance(1, f"{name}: {row.cpu_ms:.2f} ms")
+    return [sorted(rows, key=lambda row: row.cpu_ms)[len(rows) // 2] for rows in runs.values()]
+
+
+def table(rows: Sequence[HostRow]) -> Table:
+    made = Table(title="Host time of a step, without a model", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("", "requests", "tokens a step", "CPU ms", "wall ms", "plan, bytes"):
+        made.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        made.add_row(
+            row.name,
+            str(row.requests),
+            str(row.tokens),
+            f"{row.cpu_ms:.2f}",
+            f"{row.wall_ms:.2f}",
+            str(row.packed_bytes),
+        )
+    return made
+
+
+def write_json(path: Path, rows: Sequence[HostRow], machine: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+Clocks = tuple[float, float]  # seconds: this thread's CPU time, wall
+
+
+def _clocks() -> Clocks:
+    return time.thread_time(), time.perf_counter()
+
+
+class _Timed:
+    """A runner that notes, by CPU and by wall clock, when each full step's forward begins and ends."""
+
+    def __init__(self, runner: NullRunner, requests: int):
+        self._runner, self._requests = runner, requests
+        self.shape, self.set_taps = runner.shape, runner.set_taps
+        self.marks: list[tuple[Clocks, Clocks]] = []
+        self.plans: list[StepPlan] = []
+
+    def forward(self, plan: StepPlan):
+        began = _clocks()
+        output = self._runner.forward(plan)
+        if len(plan.verify) == self._requests and not plan.prefill:
+            self.plans.append(plan)
+            self.marks.append((began, _clocks()))
+        return output
+
+
+def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
+    new_tokens = options.steps * (1 + min(drafts, options.right))
+    context = PROMPT_TOKENS + new_tokens
+    blocks = options.requests * (context // BLOCK_TOKENS + 2)
+    limits = SchedulerLimits(options.requests, blocks, BLOCK_TOKENS, options.requests * (drafts + 1) * 2, 0)
+    runner = _Timed(NullRunner(context), options.requests)
+    proposer = None
+    if drafts:
+        store = FeatureStore(1 << 30)
+        proposer = LinkProposer(
+            NullLink(drafts + 1, options.right),
+            NullFuser(drafts + 1),
+            store,
+            verifier_id="host",
+            max_draft_tokens=None,
+            soft_deadline_s=1.0,
+        )
+    info = EngineInfo("host", "", context, VOCABULARY, options.requests, drafts + 1)
+    engine = Engine(runner, limits, info, proposer=proposer)
+    left, over = [options.requests], threading.Event()
+
+    def sink(deltas: list[Delta]) -> None:
+        left[0] -= sum(delta.finish is not None for delta in deltas)
+        if left[0] == 0:
+            over.set()
+
+    for i in range(options.requests):
+        prompt = tuple((i + at) % VOCABULARY for at in range(PROMPT_TOKENS))
+        engine.submit(EngineRequest(f"request-{i}", prompt, 0, new_tokens), sink)
+    engine.start()
+    try:
+        if not over.wait(RUN_S):
+            raise PacelineError(f"the engine did not finish {options.requests} requests within {RUN_S:g} s")
+    finally:
+        engine.stop()
+    cpu, wall = (
+        1000 * statistics.median(begin[clock] - end[clock] for (_, end), (begin, _) in pairwise(runner.marks))
+        for clock in (0, 1)
+    )
+    plan = runner.plans[len(runner.plans) // 2]
+    tokens = sum(len(row.token_ids) for row in plan.verify)
+    return HostRow(name, options.requests, tokens, cpu, wall, 8 * len(pack(plan)))

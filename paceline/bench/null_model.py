@@ -1,0 +1,85 @@
+"""A target and a drafter without a model, so that a run of the engine shows what its host side costs.
+
+The text counts up modulo the vocabulary. The drafter's first `right` drafts of every block are right, the next is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cluster.link.face import LinkState
+from cluster.link.messages import DraftAnswer, DraftAsk
+from verifier_service.model.face import ForwardOutput, ModelShape
+from verifier_service.plan import StepPlan
+
+VOCABULARY = 64
+HIDDEN = 16
+
+
+class NullRunner:
+    """A Runner whose forward is one look-up."""
+
+    def __init__(self, max_context: int):
+        self.shape = ModelShape(VOCABULARY, HIDDEN, max_context, 1)
+        self._logits = torch.eye(VOCABULARY).roll(1, dims=1)
+        self._features = torch.zeros(1 << 16, HIDDEN)
+        self._taps = False
+
+    def set_taps(self, layer_ids: Sequence[int]) -> None:
+        self._taps = bool(layer_ids)
+
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        rows = [token for row in plan.verify for token in row.token_ids]
+        tokens = len(rows) + sum(len(chunk.token_ids) for chunk in plan.prefill)
+        rows += [chunk.token_ids[-1] for chunk in plan.prefill if chunk.completes_prompt]
+        logits = self._logits.index_select(0, torch.tensor(rows, dtype=torch.long))
+        return ForwardOutput(logits, self._features[:tokens] if self._taps else None)
+
+
+class NullFuser:
+    """Features are the taps."""
+
+    target_layer_ids = (0,)
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+
+    def __call__(self, taps: torch.Tensor) -> torch.Tensor:
+        return taps
+
+
+class NullLink:
+    """A VerifierLink that answers at once. Nothing is sent, nothing is lost."""
+
+    queued_bytes = 0
+
+    def __init__(self, block_size: int, right: int):
+        self._right = right
+        self.state = LinkState(linked=True, epoch=1, drafter_id="null", block_size=block_size, window=4096)
+
+    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+        return
+
+    def ask(self, asks: Sequence[DraftAsk]) -> None:
+        return
+
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+        return {(ask.context_id, ask.base): self._answer(ask) for ask in asks}
+
+    def _answer(self, ask: DraftAsk) -> DraftAnswer:
+        ids = [(ask.bonus_token + 1 + i + (i >= self._right)) % VOCABULARY for i in range(ask.rows)]
+        return DraftAnswer(ask.context_id, ask.base, tuple(ids), (0.5,) * ask.rows)
+
+    def close_contexts(self, context_ids: Sequence[str]) -> None:
+        return
+
+    def evicted(self) -> list[str]:
+        return []
+
+    def set_drafters(self, addresses: Sequence[str]) -> None:
+        return
+
+    def stop(self) -> None:
+        return
