@@ -1,4 +1,4 @@
-"""What a step costs beside the model: planning, packing, acceptance, emission and, with drafts, the link's bookkeeping."""
+"""What a step costs beside the model: planning, packing, acceptance, emission, and the bookkeeping of drafts."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
     new_tokens = options.steps * (1 + min(drafts, options.right))
     context = PROMPT_TOKENS + new_tokens
     blocks = options.requests * (context // BLOCK_TOKENS + 2)
-    limits = SchedulerLimits(options.requests, blocks, BLOCK_TOKENS, options.requests * (drafts + 1) * 2, 0)
+    step_tokens = options.requests * (PROMPT_TOKENS + drafts + 1)  # all prompts at once, so that all decode at once
+    limits = SchedulerLimits(options.requests, blocks, BLOCK_TOKENS, step_tokens, 0)
     runner = _Timed(NullRunner(context), options.requests)
     proposer = None
     if drafts:
