@@ -17,6 +17,7 @@ class TargetConfig:
     """The text model of a checkpoint. `text` is its configuration as on disk (the text tower's, if multimodal).
 
     directory: the checkpoint's, or a configuration file that stands alone.
+    quantization: the checkpoint's quantization_config as on disk, None if its weights are not packed.
     """
 
     directory: Path
@@ -27,6 +28,7 @@ class TargetConfig:
     max_context: int
     tied: bool
     text: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def file(self) -> Path:
@@ -73,7 +75,21 @@ def read_target_config(checkpoint: str | Path) -> TargetConfig:
         max_context=bare.integer("max_position_embeddings"),
         tied=bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
         text=text,
+        quantization=_quantization(path.parent, raw, text),
     )
+
+
+def _quantization(directory: Path, raw: Mapping[str, Any], text: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    found = raw.get("quantization_config") or text.get("quantization_config")
+    aside = directory / "hf_quant_config.json"  # where ModelOpt kept it at first
+    if not found and aside.exists():
+        return {"quant_method": "modelopt", **_read_json(aside)}
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config must be an object, not {found!r}: "
+            "take the checkpoint's own config.json"
+        )
+    return found or None
 
 
 def target_fingerprint(directory: str | Path) -> str:

@@ -52,6 +52,7 @@ POLICY = (
     "modeling/dflash_config.py",
     "modeling/families.py",
     "modeling/footprint.py",
+    "modeling/quantized/scheme.py",
     "modeling/shards.py",
     "modeling/storage.py",
     "paceline/bench/agreement.py",
