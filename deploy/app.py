@@ -39,7 +39,7 @@ def build(args: Application) -> serve.Application:
             application.model_name,
             application.verifier.target,
             router.settings,
-            application.verifier.link.token,
+            application.verifier.link.access,
             directory,
             services,
         )

@@ -114,6 +114,7 @@ class Application(BaseModel):
             ("drafter.target", "verifier.target", self.drafter.target, self.verifier.target),
             ("verifier.drafter", "drafter.checkpoint", self.verifier.drafter, self.drafter.checkpoint),
             ("drafter.token", "verifier.link.token", self.drafter.token, self.verifier.link.token),
+            ("drafter.tls", "verifier.link.tls", self.drafter.tls, self.verifier.link.tls),
         ):
             if mine != other:
                 shown = "" if "token" in ours else f" ({mine!r} and {other!r})"
@@ -130,7 +131,7 @@ def _with_shared_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(verifier, dict) or not isinstance(drafter, dict):
         return raw
     link = verifier.get("link")
-    shared = ("token", "heartbeat_s", "hard_deadline_s")
+    shared = ("token", "tls", "heartbeat_s", "hard_deadline_s")
     of_link = {key: link[key] for key in shared if key in link} if isinstance(link, dict) else {}
     of_target = {"target": verifier["target"]} if "target" in verifier else {}
     of_checkpoint = {"drafter": drafter["checkpoint"]} if "checkpoint" in drafter else {}

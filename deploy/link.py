@@ -48,6 +48,7 @@ def remote_link(
         hidden=fuser.hidden,
         vocabulary=vocabulary,
         token=link.token,
+        tls=link.tls,
         dtype=link.dtype,
         tensor_transport=link.tensor_transport,
         heartbeat_s=link.heartbeat_s,

@@ -15,6 +15,7 @@ from cluster.api.settings import RouterSettings
 from cluster.placement.directory import follow
 from cluster.placement.logs import configure_logs
 from cluster.placement.membership import VERIFIER, View
+from cluster.tls import Access
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 class Router:
     """Serves from the start and says on /health what is missing; it waits for no other deployment.
 
-    target: checkpoint directory, read for its tokenizer. secret: of the engine ports. directory: handle of the
+    target: checkpoint directory, read for its tokenizer. access: to the engine ports. directory: handle of the
     Directory. services: handles of the other deployments, which become part of the application by being named here.
     """
 
@@ -33,12 +34,12 @@ class Router:
         model_name: str,
         target: str,
         settings: RouterSettings,
-        secret: str,
+        access: Access,
         directory: Any,
         services: dict[str, Any],
     ) -> None:
         configure_logs()
-        self._core = RouterCore.load(model_name, target, settings, secret)
+        self._core = RouterCore.load(model_name, target, settings, access)
         self._following = asyncio.get_running_loop().create_task(follow(directory, self._use))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.tls import TlsFiles
+
 
 class DrafterSettings(BaseModel):
     """One drafter replica: a DFlash checkpoint with the embedding and head of its target."""
@@ -21,5 +23,6 @@ class DrafterSettings(BaseModel):
     max_contexts: int = Field(256, ge=1, description="contexts held at once, over all verifiers; the oldest is evicted")
     max_queue: int = Field(1024, ge=1, description="asks waiting; beyond it the answer is 'no drafts' at once")
     token: str = Field("", description="shared secret of the link")
+    tls: TlsFiles | None = Field(None, description="of the link")
     heartbeat_s: float = Field(0.5, gt=0, le=10)
     hard_deadline_s: float = Field(3.0, gt=0, le=60)

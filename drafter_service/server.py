@@ -54,6 +54,7 @@ def serve(
             host=host,
             port=port,
             token=settings.token,
+            tls=settings.tls,
             heartbeat_s=settings.heartbeat_s,
             hard_deadline_s=settings.hard_deadline_s,
             device=settings.device,

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.tls import Access, TlsFiles
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -17,10 +19,17 @@ class LinkSettings(Strict):
     token: str = Field(
         "", description="shared secret of the link and of the engine port, same everywhere; empty = one is drawn"
     )
-    tensor_transport: Literal["tcp", "torch"] = Field("tcp", description="torch = NCCL between GPUs, gloo on CPU")
+    tls: TlsFiles | None = Field(None, description="of the control connection, the tcp tensor plane, the engine port")
+    tensor_transport: Literal["tcp", "torch"] = Field(
+        "tcp", description="torch = NCCL between GPUs, gloo on CPU; its rows are not covered by tls"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of context features on the wire")
     heartbeat_s: float = Field(0.5, gt=0, le=10)
     hard_deadline_s: float = Field(3.0, gt=0, le=60, description="silence that ends an epoch")
+
+    @property
+    def access(self) -> Access:
+        return Access(self.token, self.tls)
 
     @model_validator(mode="after")
     def _deadline_above_heartbeat(self) -> LinkSettings:

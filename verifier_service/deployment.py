@@ -66,7 +66,7 @@ class Verifier:
         try:
             async with asyncio.timeout(start_timeout_s):
                 self._address = await self._start(make_link, start_timeout_s)
-                self._engine = await EngineClient.connect(self._address, ANSWER_S, settings.link.token)
+                self._engine = await EngineClient.connect(self._address, ANSWER_S, settings.link.access)
                 self._status = await self._engine.probe(ANSWER_S)
         except BaseException:
             self._gang.kill()

@@ -27,6 +27,7 @@ from cluster.contracts import (
 )
 from cluster.errors import ProtocolError, SecretError
 from cluster.handshake import ENGINE, admit, check_secret
+from cluster.tls import OPEN, Access, listener_context
 from cluster.wire import Codec
 from verifier_service.engine import Engine
 
@@ -40,8 +41,8 @@ DRAIN_S = 2.0  # at the end, for what was written to reach its reader
 class EnginePort:
     """Serves `engine` on host:port (port 0: any free one) from construction until `stop`. `address` is "host:port".
 
-    secret: what clients have to know. Raises OSError if the address cannot be bound, ConfigError for an empty secret
-    where other machines can reach it.
+    access: what clients have to bring. Raises OSError if the address cannot be bound, ConfigError for an empty secret
+    where other machines can reach it and for TLS files that cannot be used.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class EnginePort:
         host: str,
         port: int = 0,
         *,
-        secret: str = "",
+        access: Access = OPEN,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
     ):
-        check_secret(secret, host, "verifier.link.token")
+        check_secret(access.secret, host, "verifier.link.token")
         self._engine = engine
-        self._secret = secret
+        self._access = access
+        self._tls = listener_context(access.tls)
         self._max_unread_bytes = max_unread_bytes
         self._connections: set[_Connection] = set()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -75,7 +77,15 @@ class EnginePort:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listener, limit=1 << 20))
+        server = self._loop.run_until_complete(
+            asyncio.start_server(
+                self._serve,
+                sock=self._listener,
+                limit=1 << 20,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_S if self._tls is not None else None,
+            )
+        )
         try:
             self._loop.run_forever()
         finally:
@@ -87,7 +97,7 @@ class EnginePort:
         connection = _Connection(self._engine, self._loop, reader, writer, self._max_unread_bytes)
         self._connections.add(connection)
         try:
-            if await connection.admit(self._secret):
+            if await connection.admit(self._access.secret):
                 await connection.serve()
         finally:
             self._connections.discard(connection)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from cluster.contracts import EngineInfo
 from cluster.link.face import VerifierLink
+from cluster.tls import Access
 from modeling.dflash import FeatureFuser
 from modeling.target_config import target_fingerprint
 from verifier_service.config import VerifierSettings
@@ -94,7 +95,7 @@ def run_rank(
         if rank == 0:
             engine = build_engine(settings, runner, channel, engine_id, make_link)
             ranks.meet()
-            _serve(engine, host, settings.link.token, on_ready)
+            _serve(engine, host, settings.link.access, on_ready)
         else:
             ranks.meet()
             on_ready("")
@@ -151,8 +152,8 @@ def _proposer(
     )
 
 
-def _serve(engine: Engine, host: str, secret: str, on_ready: Callable[[str], None]) -> None:
-    port = EnginePort(engine, host, secret=secret)
+def _serve(engine: Engine, host: str, access: Access, on_ready: Callable[[str], None]) -> None:
+    port = EnginePort(engine, host, access=access)
     try:
         log.info("engine %s listens at %s", engine.info.engine_id, port.address)
         on_ready(port.address)

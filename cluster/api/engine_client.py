@@ -24,8 +24,9 @@ from cluster.contracts import (
     Submit,
     ToEngine,
 )
-from cluster.errors import EngineDiedError, OverloadedError, ProtocolError, SecretError
+from cluster.errors import EngineDiedError, OverloadedError, PacelineError, ProtocolError, SecretError
 from cluster.handshake import ENGINE, enter, is_loopback
+from cluster.tls import OPEN, Access, dialler_context
 from cluster.wire import Codec
 
 MAX_UNSENT_BYTES = 32 << 20
@@ -56,8 +57,8 @@ class EngineClient:
         self._reading = asyncio.create_task(self._read(reader), name=f"engine {address}")
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float, secret: str = "") -> EngineClient:
-        """address: "host:port". secret: the engine's. Waits for the engine's introduction.
+    async def connect(cls, address: str, timeout_s: float, access: Access = OPEN) -> EngineClient:
+        """address: "host:port". access: to its port. Waits for the engine's introduction.
 
         Raises EngineDiedError, caused by a SecretError where either end does not know the other's secret.
         """
@@ -65,13 +66,14 @@ class EngineClient:
         codec: Codec[FromEngine] = Codec(FromEngine)
         writer = None
         try:
-            if not secret and not is_loopback(host.strip("[]")):
+            context = dialler_context(access.tls)
+            if not access.secret and not is_loopback(host.strip("[]")):
                 raise SecretError(
                     "verifier.link.token is empty, but it is on another machine: set the same on both ends"
                 )
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=1 << 20)
-                await enter(reader, writer, secret, ENGINE)
+                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=1 << 20, ssl=context)
+                await enter(reader, writer, access.secret, ENGINE)
                 info = await codec.read(reader)
             if not isinstance(info, EngineInfo):
                 raise ProtocolError(f"it began with a {type(info).__name__}, not with its EngineInfo")
@@ -80,8 +82,7 @@ class EngineClient:
             ValueError,
             TimeoutError,
             asyncio.IncompleteReadError,
-            ProtocolError,
-            SecretError,
+            PacelineError,
         ) as error:
             if writer is not None:
                 writer.close()

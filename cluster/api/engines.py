@@ -12,6 +12,7 @@ from cluster.api.balance import Load, choose
 from cluster.api.engine_client import EngineClient
 from cluster.api.settings import RouterSettings
 from cluster.errors import EngineDiedError, SecretError
+from cluster.tls import OPEN, Access
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,12 @@ class EngineHealth:
 class Engines:
     """Keeps a connection to each address that it was told, and reconnects what breaks. Lives on one event loop.
 
-    secret: of the engine ports.
+    access: to the engine ports.
     """
 
-    def __init__(self, settings: RouterSettings, secret: str = ""):
+    def __init__(self, settings: RouterSettings, access: Access = OPEN):
         self._settings = settings
-        self._secret = secret
+        self._access = access
         self._known: dict[str, Engine] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._max_context: int | None = None
@@ -68,7 +69,7 @@ class Engines:
             task.add_done_callback(self._leaving.discard)
         for address in dict.fromkeys(addresses):
             if address not in self._known:
-                self._known[address] = Engine(address, self._settings, self._secret)
+                self._known[address] = Engine(address, self._settings, self._access)
 
     def pick(self, key: bytes, without: Collection[str] = ()) -> EngineClient:
         """The engine for a prompt of this key. `without`: engine_ids that it has failed on. Raises EngineDiedError."""
@@ -109,11 +110,11 @@ class Engines:
 class Engine:
     """One address: a task that connects, probes and reconnects. `client` is None while there is no connection."""
 
-    def __init__(self, address: str, settings: RouterSettings, secret: str):
+    def __init__(self, address: str, settings: RouterSettings, access: Access):
         self.address = address
         self.client: EngineClient | None = None
         self._settings = settings
-        self._secret = secret
+        self._access = access
         self._problem = "it is being connected"
         self._task = asyncio.create_task(self._run(), name=f"keeping {address}")
 
@@ -156,7 +157,7 @@ class Engine:
         retry_s = FIRST_RETRY_S
         while True:
             try:
-                self.client = await EngineClient.connect(self.address, self._settings.connect_timeout_s, self._secret)
+                self.client = await EngineClient.connect(self.address, self._settings.connect_timeout_s, self._access)
                 log.info("engine %s is connected at %s", self.client.info.engine_id, self.address)
                 retry_s = FIRST_RETRY_S
                 await self._watch(self.client)

@@ -19,6 +19,7 @@ from cluster.api.text import ChoiceText, Piece
 from cluster.api.tokens import Tokens
 from cluster.contracts import EngineRequest, SamplingParams
 from cluster.errors import EngineDiedError, OverloadedError, RequestError
+from cluster.tls import OPEN, Access
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions generate where the client says nothing
 
@@ -42,16 +43,16 @@ class Prompts:
 class RouterCore:
     """One model over any number of engines. Made anywhere, used on one event loop. Knows nothing of HTTP and Ray.
 
-    secret: what the engine ports want to be known; "" for engines on this machine that want none.
+    access: to the engine ports; OPEN for engines on this machine that want no secret.
     """
 
-    def __init__(self, model_name: str, tokens: Tokens, settings: RouterSettings | None = None, secret: str = ""):
+    def __init__(self, model_name: str, tokens: Tokens, settings: RouterSettings | None = None, access: Access = OPEN):
         self.settings = settings or RouterSettings()
         self.model_names = (model_name, *self.settings.aliases)
         self.created = int(time.time())
         self.tokens = tokens
         self.metrics = Metrics(model_name)
-        self.engines = Engines(self.settings, secret)
+        self.engines = Engines(self.settings, access)
         self._generator = Generator(
             self.engines, self.metrics, self.settings.max_failovers, self.settings.retry_after_s
         )
@@ -59,10 +60,10 @@ class RouterCore:
 
     @classmethod
     def load(
-        cls, model_name: str, target: str | Path, settings: RouterSettings | None = None, secret: str = ""
+        cls, model_name: str, target: str | Path, settings: RouterSettings | None = None, access: Access = OPEN
     ) -> RouterCore:
         """target: directory of the target's checkpoint, read for its tokenizer. Raises ConfigError."""
-        return cls(model_name, Tokens.load(target), settings, secret)
+        return cls(model_name, Tokens.load(target), settings, access)
 
     def set_engines(self, addresses: Collection[str]) -> None:
         """The engines' ports as "host:port"; replaces the earlier list. Call it on the event loop."""

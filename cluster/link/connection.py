@@ -7,6 +7,7 @@ queue over its bound closes the connection, so a slow peer costs itself its link
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -14,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from cluster.errors import SecretError
+from cluster.link.tls_socket import TlsSocket
 from cluster.wire import LENGTH, Codec
 
 T = TypeVar("T")
@@ -36,7 +39,7 @@ class Connection(Generic[T]):
     def __init__(self, sock: socket.socket, codec: Codec[T], max_queued: int, on_blocked: Callable[[], None]):
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = sock
+        self._socket: socket.socket | TlsSocket = sock
         self._codec = codec
         self._max_queued = max_queued
         self._on_blocked = on_blocked
@@ -76,6 +79,23 @@ class Connection(Generic[T]):
     def deadline_in(self, seconds: float) -> None:
         """From now on reads raise TimeoutError once `seconds` have passed, however the bytes trickle in."""
         self._deadline = time.monotonic() + seconds
+
+    def start_tls(self, context: ssl.SSLContext | None, server_side: bool) -> None:
+        """Before anything is sent or received; None = stay as it is. Raises SecretError, or as `receive`."""
+        if context is None:
+            return
+        plain = self._socket
+        assert isinstance(plain, socket.socket), "TLS begins once"
+        secured = TlsSocket(plain, context, server_side)
+        received = memoryview(bytearray(_READ_BYTES))
+        try:
+            secured.handshake(lambda: bytes(received[: self._read(received)]))
+        except ssl.SSLError as error:
+            raise SecretError(
+                f"TLS with the other end failed ({error.reason or error}): give all services of the application "
+                "verifier.link.tls, with certificates of one authority"
+            ) from error
+        self._socket = secured
 
     def receive(self) -> T:
         """Next message. Raises ConnectionError (closed by either side), TimeoutError or ProtocolError."""

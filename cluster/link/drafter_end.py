@@ -35,6 +35,7 @@ from cluster.link.messages import (
 from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver
 from cluster.link.pump import Pump
 from cluster.link.torch_plane import TorchMeeting, why_unavailable
+from cluster.tls import TlsFiles, listener_context
 from cluster.wire import Codec
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class DrafterServer:
         host: str = "127.0.0.1",
         port: int = 0,
         token: str = "",
+        tls: TlsFiles | None = None,
         heartbeat_s: float = 0.5,
         hard_deadline_s: float = 3.0,
         device: str = "cpu",
@@ -86,6 +88,7 @@ class DrafterServer:
         check_secret(token, host, "drafter.token")
         self._handler = handler
         self._token = token
+        self._tls = listener_context(tls)
         self._hard_deadline = hard_deadline_s
         self._device = device
         self._load = load
@@ -195,6 +198,7 @@ class DrafterServer:
         return peer, meeting.receiver(connection, lambda size: self._grant(connection, size))
 
     def _know(self, connection: Connection[FromVerifier]) -> Session:
+        connection.start_tls(self._tls, server_side=True)
         listener = Listener(self._token, LINK)
         connection.send(HANDSHAKE.pack(listener.challenge))
         try:

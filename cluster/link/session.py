@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Dialler:
         self,
         hello: Hello,
         token: str,
+        tls: ssl.SSLContext | None,
         codec: Codec[FromDrafter],
         hard_deadline_s: float,
         device: str,
@@ -58,6 +60,7 @@ class Dialler:
     ):
         self._hello = hello
         self._token = token
+        self._tls = tls
         self._codec = codec
         self._hard_deadline = hard_deadline_s
         self._device = device
@@ -103,8 +106,13 @@ class Dialler:
 
     def _greet(self, connection: Connection[FromDrafter], hello: Hello) -> tuple[Welcome, RowSender]:
         connection.deadline_in(self._hard_deadline)
+        connection.start_tls(self._tls, server_side=False)
         handshake = Handshake(self._token, LINK, claim(hello.verifier_id, hello.epoch))
-        connection.send(HANDSHAKE.pack(handshake.respond(connection.receive_as(HANDSHAKE))))
+        try:
+            challenge = connection.receive_as(HANDSHAKE)
+        except TimeoutError:
+            raise LinkError("it does not answer; if its end has verifier.link.tls, this end has to as well") from None
+        connection.send(HANDSHAKE.pack(handshake.respond(challenge)))
         key = handshake.conclude(connection.receive_as(HANDSHAKE)).key
         if hello.tensor_transport == "torch":
             meeting = TorchMeeting.host(connection.local_host, hello, key, self._hard_deadline, self._device)

@@ -38,6 +38,7 @@ from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, row_bytes
 from cluster.link.pump import Pump
 from cluster.link.session import Dialler, RefusedError, Session
 from cluster.link.torch_plane import why_unavailable
+from cluster.tls import TlsFiles, dialler_context
 from cluster.wire import Codec
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ log = logging.getLogger(__name__)
 class RemoteLink:
     """A VerifierLink over TCP. All times in seconds.
 
-    hidden, dtype: width and wire dtype ("float32", "bfloat16", "float16") of a context feature. tensor_transport: "tcp"
-    or "torch" (gloo on CPU, NCCL on CUDA). max_queued_bytes: bound of what waits for a slow drafter; over it the epoch
-    ends. Raises ConfigError for settings that cannot work; afterwards nothing raises because of the peer.
+    token: the secret that both ends have to know. hidden, dtype: width and wire dtype ("float32", "bfloat16",
+    "float16") of a context feature. tensor_transport: "tcp" or "torch" (gloo on CPU, NCCL on CUDA). max_queued_bytes:
+    bound of what waits for a slow drafter; over it the epoch ends. Raises ConfigError for settings that cannot work;
+    afterwards nothing raises because of the peer.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RemoteLink:
         hidden: int,
         vocabulary: int,
         token: str,
+        tls: TlsFiles | None = None,
         dtype: str = "float32",
         tensor_transport: str = "tcp",
         heartbeat_s: float = 0.5,
@@ -100,7 +103,14 @@ class RemoteLink:
         heartbeat = self._codec.pack(Heartbeat())
         self._pump = Pump("link-pump", heartbeat_s, hard_deadline_s, lambda: heartbeat)
         self._dialler = Dialler(
-            self._hello, token, self._codec, hard_deadline_s, device, max_queued_bytes, self._pump.wake
+            self._hello,
+            token,
+            dialler_context(tls),
+            self._codec,
+            hard_deadline_s,
+            device,
+            max_queued_bytes,
+            self._pump.wake,
         )
         self._thread = threading.Thread(target=self._run, name="link-reader", daemon=True)
         self._thread.start()

@@ -20,6 +20,7 @@ from cluster.api.engine_client import EngineClient
 from cluster.contracts import Status
 from cluster.placement.membership import VERIFIER, View
 from cluster.placement.secret import drawn_once
+from cluster.tls import Access
 from deploy.file import read_deploy_file
 from deploy.session import app_state, deploy, ray_session
 
@@ -104,7 +105,7 @@ def _ready(app: Served) -> bool:
 
 
 async def _status(address: str, secret: str) -> Status:
-    engine = await EngineClient.connect(address, 5.0, secret)
+    engine = await EngineClient.connect(address, 5.0, Access(secret))
     try:
         return await engine.probe(5.0)
     finally:

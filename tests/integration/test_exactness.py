@@ -13,6 +13,7 @@ import pytest
 
 from cluster.api.engine_client import EngineClient
 from cluster.contracts import EngineRequest, SamplingParams
+from cluster.tls import Access
 from tests.integration.reference import Reference
 from tests.integration.serving import Served, eventually
 
@@ -68,7 +69,7 @@ def answers(app: Served, requests: Sequence[EngineRequest]) -> list[Answer]:
     (address,) = app.verifiers()
 
     async def run() -> list[Answer]:
-        engine = await EngineClient.connect(address, 5.0, app.secret)
+        engine = await EngineClient.connect(address, 5.0, Access(app.secret))
         try:
             async with asyncio.timeout(240):
                 return await asyncio.gather(*(one(engine, request) for request in requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import random
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from cluster.api.engine_client import EngineClient
 from cluster.contracts import (
     Abort,
     Configure,
@@ -25,9 +27,11 @@ from cluster.contracts import (
     Submit,
     ToEngine,
 )
-from cluster.errors import ConfigError, SecretError
+from cluster.errors import ConfigError, EngineDiedError, SecretError
 from cluster.handshake import ENGINE, HANDSHAKE, Challenge, Dialler
+from cluster.tls import Access
 from cluster.wire import Codec
+from tests.cluster.certificates import tls_files
 from tests.verifier_service.fake_runner import FakeRunner
 from tests.verifier_service.test_engine import WAIT_S, Guesser, expected, make_engine, request
 from verifier_service import port as port_module
@@ -122,11 +126,27 @@ def test_the_engine_introduces_itself_first(served):
 
 
 def test_a_client_with_another_secret_learns_nothing_and_is_told_why(served, caplog):
-    port = served(secret="the engine's")
+    port = served(access=Access("the engine's"))
     with pytest.raises(SecretError, match=r"verifier\.link\.token"):
         Client(port.address, "a guess")
     assert eventually(lambda: "is not let in" in caplog.text)
     assert Client(port.address, "the engine's").status().running == 0
+
+
+def test_over_tls_a_request_gets_its_text_and_a_client_without_a_certificate_nothing(served, tmp_path):
+    files = tls_files(tmp_path)
+    port = served(access=Access("s", files))
+
+    async def text() -> list[int]:
+        client = await EngineClient.connect(port.address, WAIT_S, Access("s", files))
+        try:
+            return [token async for delta in client.submit(request("a")) for token in delta.token_ids]
+        finally:
+            client.close()
+
+    assert asyncio.run(text()) == expected("a")
+    with pytest.raises(EngineDiedError):
+        asyncio.run(EngineClient.connect(port.address, 0.5, Access("s")))
 
 
 def test_nothing_is_taken_from_a_client_before_it_is_known(served):
