@@ -1,8 +1,9 @@
 """A StepPlan as one int64 tensor, and how rank 0 tells it to the other ranks.
 
-Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions], then (slot, start, tokens)
-of each verify row, (slot, start, tokens, completes_prompt) of each chunk, all their token ids in that order, and the
-pairs and slots of the rest.
+Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions, saves, restores], then
+(slot, start, tokens) of each verify row, (slot, start, tokens, completes_prompt, checkpoint) of each chunk, all their
+token ids in that order, and the numbers of the rest: pairs of new blocks and decisions, triples of saves, pairs of
+restores, released slots.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
-HEADER = 8
+HEADER = 10
 FIRST_WORDS = 2048  # 16 KiB: what nearly every plan fits in
 _HEARTBEAT, _STOP = 1, 2
 
@@ -21,16 +22,17 @@ def pack(plan: StepPlan) -> torch.Tensor:
     """int64 [words], on the CPU."""
     words = [0, plan.step, plan.heartbeat * _HEARTBEAT | plan.stop * _STOP]
     words += [len(part) for part in (plan.verify, plan.prefill, plan.new_blocks, plan.released, plan.decided)]
+    words += (len(plan.saved), len(plan.restored))
     for row in plan.verify:
         words += (row.slot, row.start, len(row.token_ids))
     for chunk in plan.prefill:
-        words += (chunk.slot, chunk.start, len(chunk.token_ids), chunk.completes_prompt)
+        words += (chunk.slot, chunk.start, len(chunk.token_ids), chunk.completes_prompt, chunk.checkpoint)
     for row in plan.verify:
         words += row.token_ids
     for chunk in plan.prefill:
         words += chunk.token_ids
-    for pair in (*plan.new_blocks, *plan.decided):
-        words += pair
+    for numbers in (*plan.new_blocks, *plan.decided, *plan.saved, *plan.restored):
+        words += numbers
     words += plan.released
     words[0] = len(words)
     return torch.tensor(words, dtype=torch.int64)
@@ -39,7 +41,7 @@ def pack(plan: StepPlan) -> torch.Tensor:
 def unpack(packed: torch.Tensor) -> StepPlan:
     """The plan that was packed. Words beyond its length are ignored."""
     words = packed.tolist()
-    _, step, flags, rows, chunks, blocks, released, decided = words[:HEADER]
+    _, step, flags, rows, chunks, blocks, released, decided, saved, restored = words[:HEADER]
     at = HEADER
 
     def take(count: int) -> list[int]:
@@ -48,13 +50,16 @@ def unpack(packed: torch.Tensor) -> StepPlan:
         return words[at - count : at]
 
     row_heads = [take(3) for _ in range(rows)]
-    chunk_heads = [take(4) for _ in range(chunks)]
+    chunk_heads = [take(5) for _ in range(chunks)]
     verify = tuple(VerifyRow(slot, start, tuple(take(count))) for slot, start, count in row_heads)
     prefill = tuple(
-        PrefillChunk(slot, start, tuple(take(count)), bool(completes)) for slot, start, count, completes in chunk_heads
+        PrefillChunk(slot, start, tuple(take(count)), bool(completes), checkpoint)
+        for slot, start, count, completes, checkpoint in chunk_heads
     )
     new_blocks = tuple((slot, block) for slot, block in (take(2) for _ in range(blocks)))
     decisions = tuple((slot, kept) for slot, kept in (take(2) for _ in range(decided)))
+    saves = tuple((slot, kept, checkpoint) for slot, kept, checkpoint in (take(3) for _ in range(saved)))
+    restores = tuple((slot, checkpoint) for slot, checkpoint in (take(2) for _ in range(restored)))
     return StepPlan(
         step=step,
         verify=verify,
@@ -62,6 +67,8 @@ def unpack(packed: torch.Tensor) -> StepPlan:
         new_blocks=new_blocks,
         released=tuple(take(released)),
         decided=decisions,
+        saved=saves,
+        restored=restores,
         heartbeat=bool(flags & _HEARTBEAT),
         stop=bool(flags & _STOP),
     )

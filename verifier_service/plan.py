@@ -19,21 +19,30 @@ class VerifyRow:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens start.. of a prompt (or of a resumed request). completes_prompt: the last token's logits are wanted."""
+    """Tokens start.. of a prompt (or of a resumed request). completes_prompt: the last token's logits are wanted.
+
+    checkpoint: where to save the recurrent state that it ends with; -1: nowhere. A plan may hold several chunks of one
+    slot, in order.
+    """
 
     slot: int
     start: int
     token_ids: tuple[int, ...]
     completes_prompt: bool
+    checkpoint: int = -1
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One target forward. Executed in this order: commit `decided`, apply released, new_blocks, then verify + prefill.
+    """One target forward. Executed in this order: commit `decided`, saved, released, new_blocks, restored, then verify
+    + prefill.
 
     decided: (slot, kept) for every verify row of the step before: how many of its tokens stay (1 = bonus only).
-    new_blocks: (slot, block id) appended to the slot's block table, in order. heartbeat: nothing to compute.
-    A slot's first chunk has start 0 and zeroes its recurrent state. stop: the ranks leave their loop.
+    saved: (slot, kept, checkpoint): a copy of the slot's recurrent state as it was after `kept` tokens of its verify
+    row of the step before; kept 0: as it is now. restored: (slot, checkpoint), the other way round.
+    new_blocks: (slot, block id) appended to the slot's block table, in order; a cached block may be in several tables.
+    A chunk with start 0 zeroes its slot's recurrent state; a slot's first chunk may start later, after cached blocks.
+    heartbeat: nothing to compute. stop: the ranks leave their loop.
     """
 
     step: int
@@ -42,5 +51,7 @@ class StepPlan:
     new_blocks: tuple[tuple[int, int], ...] = ()
     released: tuple[int, ...] = ()
     decided: tuple[tuple[int, int], ...] = ()
+    saved: tuple[tuple[int, int, int], ...] = ()
+    restored: tuple[tuple[int, int], ...] = ()
     heartbeat: bool = False
     stop: bool = False

@@ -1,9 +1,10 @@
 """Who gets what in the next step: pure policy over slots, KV blocks and a token budget. No torch.
 
 First come, first served within a priority. A step holds one verify row for every decoding request, their drafts, and
-prefill chunks in what is left of the budget. A request enters when a slot and the blocks of all its known tokens are
-there. When a decoding request needs a block and none is free, the last in order gives up its own: it waits again and is
-prefilled again later, its output kept as it was (the same path by which a request resumes on another engine).
+prefill chunks in what is left of the budget, divided as prefill_shares says. A request enters when a slot and the
+blocks of all its known tokens are there, with what the prefix cache has of them. When a decoding request needs a block
+and none is free, the last in order gives up its own: it waits again and is prefilled again later, its output kept as it
+was (the same path by which a request resumes on another engine).
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ from typing import Any
 from cluster.contracts import EngineRequest
 from cluster.errors import OverloadedError
 from verifier_service.acceptance import accepted_drafts, cut
-from verifier_service.blocks import BlockPool
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+from verifier_service.prefill_shares import Prompt, prefill_shares
+from verifier_service.prefix_cache import Hit, PrefixCache
 from verifier_service.sequence import Key, Progress, RunningRequest
 
+DEFERRED = 8  # so many waiting requests may stand aside for a prompt that computes what they need, and let others pass
 PREFILL_SHARE = 4  # while prompts wait, at least 1/4 of a step's budget is theirs, or first tokens might never come
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """slots: requests running at once. blocks of block_tokens tokens each. step_tokens: budget of one step."""
+    """slots: requests running at once. blocks of block_tokens tokens each. step_tokens: budget of one step.
+
+    checkpoints: of recurrent state; None for a target that has none, 0: it has, but nothing of it is cached.
+    """
 
     slots: int
     blocks: int
     block_tokens: int
     step_tokens: int
     max_waiting: int
+    prefix_cache: bool = True
+    checkpoints: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,10 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits):
         self.limits = limits
-        self.pool = BlockPool(limits.blocks)
+        self.cache = PrefixCache(
+            limits.blocks, limits.block_tokens, enabled=limits.prefix_cache, checkpoints=limits.checkpoints
+        )
+        self.pool = self.cache.pool
         self.preemptions = 0
         self.step = 0
         self._arrivals = 0
@@ -65,6 +76,7 @@ class Scheduler:
         self._planned: list[tuple[RunningRequest, VerifyRow | PrefillChunk]] = []
         self._decided: list[tuple[int, int]] = []
         self._released: list[int] = []
+        self._saved: dict[int, tuple[int, int]] = {}  # checkpoint -> slot, kept: what is saved last counts
 
     @property
     def waiting(self) -> int:
@@ -116,11 +128,14 @@ class Scheduler:
         assert not self._planned, "the step before was never committed"
         self.step += 1
         new_blocks: list[tuple[int, int]] = []
+        restored: list[tuple[int, int]] = []
         verify = self._plan_verify(self._budget_for_verify(), new_blocks)
         used = sum(len(row.token_ids) for row in verify)
-        prefill = self._plan_prefill(self.limits.step_tokens - used, new_blocks)
+        self._enter(new_blocks, restored)
+        prefill = self._plan_prefill(self.limits.step_tokens - used)
         decided, released = tuple(self._decided), tuple(self._released)
-        self._decided, self._released = [], []
+        saved = tuple((slot, kept, checkpoint) for checkpoint, (slot, kept) in self._saved.items())
+        self._decided, self._released, self._saved = [], [], {}
         return StepPlan(
             step=self.step,
             verify=tuple(verify),
@@ -128,6 +143,8 @@ class Scheduler:
             new_blocks=tuple(new_blocks),
             released=released,
             decided=decided,
+            saved=saved,
+            restored=tuple(restored),
             heartbeat=not verify and not prefill,
         )
 
@@ -164,16 +181,14 @@ class Scheduler:
                 logit_row += count
             else:
                 verify_only = False
-                progress = Progress(sequence, row, work.start, count)
-                sequence.computed += count
-                if work.completes_prompt:
-                    progress.logit_row = logit_row
-                    self._extend(progress, samples[logit_row : logit_row + 1])
-                    logit_row += 1
+                progress = self._commit_chunk(sequence, work, samples, row, logit_row)
+                logit_row += work.completes_prompt
             row += count
             done.append(progress)
             if progress.finish is not None:
                 del self._requests[sequence.key]
+                if progress.finish == "error":
+                    self.cache.disown(sequence)
                 self._vacate(sequence)
         if not verify_only:
             self._promote()
@@ -242,6 +257,11 @@ class Scheduler:
         sequence.computed += kept
         self._decided.append((work.slot, kept))
         self._extend(progress, samples[logit_row : logit_row + kept])
+        if sequence.computed >= sequence.name_at and progress.finish != "error" and self.cache.name(sequence):
+            checkpoint = self.cache.move_checkpoint(sequence)
+            if checkpoint is not None:
+                boundary = sequence.named * self.limits.block_tokens
+                self._saved[checkpoint] = (work.slot, boundary - work.start)
         progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
         return progress
 
@@ -259,32 +279,74 @@ class Scheduler:
 
     # Prefill.
 
-    def _plan_prefill(self, budget: int, new_blocks: list[tuple[int, int]]) -> list[PrefillChunk]:
-        chunks: list[PrefillChunk] = []
-        for sequence in self._prefilling:
-            budget -= self._plan_chunk(sequence, budget, chunks)
-        while budget > 0 and self._waiting and self._free_slots and self._fits(self._waiting[0]):
-            sequence = self._waiting.pop(0)
+    def _enter(self, new_blocks: list[tuple[int, int]], restored: list[tuple[int, int]]) -> None:
+        """Waiting requests take slots and blocks, in order; none passes one for which there is no room."""
+        deferred = 0
+        for sequence in self._waiting[: len(self._free_slots) + DEFERRED]:
+            hit = self.cache.match(sequence)
+            if not self._free_slots or not self._fits(sequence, hit):
+                return
+            if self.cache.is_coming(sequence, hit):
+                deferred += 1
+                if deferred > DEFERRED:
+                    return
+                continue
+            self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
-            self._grow(sequence, self._blocks_for(len(sequence.tokens)), new_blocks)
+            checkpoint = self.cache.enter(sequence, hit)
+            if checkpoint is not None:
+                restored.append((sequence.slot, checkpoint))
+            new_blocks.extend((sequence.slot, block) for block in sequence.blocks)
+            self._grow(sequence, self._blocks_for(len(sequence.tokens)) - len(sequence.blocks), new_blocks)
             insort(self._prefilling, sequence, key=_order)
-            budget -= self._plan_chunk(sequence, budget, chunks)
+
+    def _plan_prefill(self, budget: int) -> list[PrefillChunk]:
+        if budget <= 0 or not self._prefilling:
+            return []
+        prompts = [Prompt(s.request.priority, len(s.tokens) - s.computed) for s in self._prefilling]
+        chunks: list[PrefillChunk] = []
+        for sequence, share in zip(self._prefilling, prefill_shares(prompts, budget)):
+            if share:
+                self._plan_chunks(sequence, sequence.computed + share, chunks)
         return chunks
 
-    def _plan_chunk(self, sequence: RunningRequest, budget: int, chunks: list[PrefillChunk]) -> int:
+    def _plan_chunks(self, sequence: RunningRequest, stop: int, chunks: list[PrefillChunk]) -> None:
+        """Up to `stop`, in pieces that end where a checkpoint is to be taken."""
         start, total = sequence.computed, len(sequence.tokens)
-        stop = min(total, start + budget)
-        if stop <= start:
-            return 0
-        chunk = PrefillChunk(sequence.slot, start, tuple(sequence.tokens[start:stop]), stop == total)
-        chunks.append(chunk)
-        self._planned.append((sequence, chunk))
-        return stop - start
+        if self.limits.checkpoints and stop < total:
+            aligned = stop - stop % self.limits.block_tokens  # a state between blocks is no good for a checkpoint
+            stop = aligned if aligned > start else stop
+        while start < stop:
+            end, checkpoint = stop, -1
+            if sequence.splits and sequence.splits[0] <= stop:
+                taken = self.cache.checkpoints.take()
+                split = sequence.splits.pop(0)
+                if taken is not None:
+                    end, checkpoint = split, taken
+            chunk = PrefillChunk(sequence.slot, start, tuple(sequence.tokens[start:end]), end == total, checkpoint)
+            chunks.append(chunk)
+            self._planned.append((sequence, chunk))
+            start = end
 
-    def _fits(self, sequence: RunningRequest) -> bool:
+    def _commit_chunk(
+        self, sequence: RunningRequest, work: PrefillChunk, samples: Sequence[int], row: int, logit_row: int
+    ) -> Progress:
+        progress = Progress(sequence, row, work.start, len(work.token_ids))
+        sequence.computed += len(work.token_ids)
+        if work.completes_prompt:
+            progress.logit_row, progress.cached = logit_row, sequence.cached
+            self._extend(progress, samples[logit_row : logit_row + 1])
+        if sequence.computed >= sequence.name_at and progress.finish != "error":
+            self.cache.name(sequence)
+        if work.checkpoint >= 0:
+            self.cache.keep_checkpoint(sequence, work.checkpoint, sequence.computed)
+        return progress
+
+    def _fits(self, sequence: RunningRequest, hit: Hit) -> bool:
         """With a block to spare for every running request: entering only to be preempted at once wastes a prefill."""
         running = len(self._decoding) + len(self._prefilling)
-        return self._blocks_for(len(sequence.tokens)) + running <= self.pool.free
+        fresh = self._blocks_for(len(sequence.tokens)) - len(hit.blocks)
+        return fresh + running <= self.pool.free - hit.unused
 
     def _promote(self) -> None:
         """Requests whose prompt is complete now decode."""
@@ -306,16 +368,20 @@ class Scheduler:
 
     def _preempt(self, sequence: RunningRequest) -> None:
         self.preemptions += 1
+        if sequence in self._prefilling:
+            checkpoint = self.cache.save_before_leaving(sequence)
+            if checkpoint is not None:
+                self._saved[checkpoint] = (sequence.slot, 0)
         self._vacate(sequence)
         sequence.drafts = ()
         insort(self._waiting, sequence, key=_order)
 
     def _vacate(self, sequence: RunningRequest) -> None:
         (self._decoding if sequence in self._decoding else self._prefilling).remove(sequence)
-        self.pool.release(sequence.blocks)
+        self.cache.leave(sequence)
         self._released.append(sequence.slot)
         self._free_slots.append(sequence.slot)
-        sequence.blocks, sequence.slot, sequence.computed = [], -1, 0
+        sequence.slot = -1
 
 
 def _order(sequence: RunningRequest) -> tuple[int, int]:

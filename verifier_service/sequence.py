@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.contracts import EngineRequest
+from verifier_service.block_hashes import BlockHash
 
 Key = tuple[str, int]
 
@@ -24,6 +26,11 @@ class RunningRequest:
     generated) is prefilled. slot -1: waiting, holds no blocks. drafts: to follow tokens[-1], set by a proposer.
     order: (priority, arrival): lower goes first. sink: where its Deltas go. shaping: what changes its logits
     before a token is taken; None = nothing. Both are opaque to the scheduler. plain: always the best token as it is.
+
+    For the prefix cache: hashes of its full blocks, as far as they were needed; named: how many of its blocks can be
+    found by them; name_at: computed tokens at which the next one can; cached: tokens that it entered with; splits:
+    where its prefill stops for a checkpoint of recurrent state, in order; moving: the hash under which its output's
+    checkpoint is kept.
     """
 
     request: EngineRequest
@@ -36,6 +43,12 @@ class RunningRequest:
     blocks: list[int] = field(default_factory=list)
     drafts: tuple[int, ...] = ()
     last_step: int = 0
+    hashes: list[BlockHash] = field(default_factory=list)
+    named: int = 0
+    name_at: int = sys.maxsize
+    cached: int = 0
+    splits: list[int] = field(default_factory=list)
+    moving: BlockHash | None = None
     key: Key = field(init=False)
     prompt_tokens: int = field(init=False)
     plain: bool = field(init=False)
@@ -62,7 +75,8 @@ class Progress:
     row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
     logit_row: row of the logits that token_ids[0] was sampled from. token_ids: new output (none in a prefill that goes
     on). drafted: how many drafts were verified; matched: how many of them the target would have said itself; accepted:
-    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. finish: as in Delta.
+    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. cached: with the first
+    token_ids after an entry, how many tokens were found in the prefix cache then. finish: as in Delta.
     """
 
     sequence: RunningRequest
@@ -74,4 +88,5 @@ class Progress:
     drafted: int = 0
     matched: int = 0
     accepted: int = 0
+    cached: int = 0
     finish: str | None = None

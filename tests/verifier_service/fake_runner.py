@@ -17,16 +17,29 @@ TABLE = 4096
 
 
 class FakeRunner:
-    """vocabulary small; taps are [position, token] pairs so that tests can tell whose they are."""
+    """vocabulary small; taps are [position, token] pairs so that tests can tell whose they are.
 
-    def __init__(self, slots: int, blocks: int, block_tokens: int, vocabulary: int = 64, max_context: int = 4096):
+    checkpoints: None = no recurrent state. Otherwise a slot's state is the list of tokens that it has seen.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        blocks: int,
+        block_tokens: int,
+        vocabulary: int = 64,
+        max_context: int = 4096,
+        checkpoints: int | None = None,
+    ):
         self.shape = ModelShape(vocabulary, 2, max_context, 1)
         self.plans: list[StepPlan] = []
         self._block_tokens = block_tokens
         self._kv = [[-1] * block_tokens for _ in range(blocks)]
         self._tables: list[list[int]] = [[] for _ in range(slots)]
-        self._committed = [0] * slots
-        self._verified: dict[int, int] = {}
+        self._recurrent = checkpoints is not None
+        self._states: list[list[int]] = [[] for _ in range(slots)]
+        self._checkpoints: list[list[int]] = [[] for _ in range(checkpoints or 0)]
+        self._verified: dict[int, Sequence[int]] = {}
         self._logits = table(vocabulary)
         self._taps = False
 
@@ -40,14 +53,17 @@ class FakeRunner:
         taps: list[tuple[int, int]] = []
         everything: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
         for work in everything:
-            assert work.start == self._committed[work.slot] or work.start == 0, (plan, self._committed)
+            if self._recurrent:
+                self._check_state(work)
             keys = self._write(work.slot, work.start, work.token_ids)
             rows += keys if isinstance(work, VerifyRow) else keys[-1:] if work.completes_prompt else []
             taps += [(work.start + i, token) for i, token in enumerate(work.token_ids)]
-        for row in plan.verify:
-            self._verified[row.slot] = len(row.token_ids)
-        for chunk in plan.prefill:
-            self._committed[chunk.slot] = chunk.start + len(chunk.token_ids)
+            if isinstance(work, VerifyRow):
+                self._verified[work.slot] = work.token_ids
+            elif self._recurrent:
+                self._states[work.slot] = self._states[work.slot][: work.start] + list(work.token_ids)
+                if work.checkpoint >= 0:
+                    self._checkpoints[work.checkpoint] = self._states[work.slot]
         return ForwardOutput(
             logits=self._logits[torch.tensor(rows, dtype=torch.long)],
             taps=torch.tensor(taps, dtype=torch.float32) if self._taps and taps else None,
@@ -55,21 +71,35 @@ class FakeRunner:
 
     def _apply(self, plan: StepPlan) -> None:
         assert {slot for slot, _ in plan.decided} == set(self._verified), "every verify row is decided in the next plan"
+        assert len({checkpoint for _, _, checkpoint in plan.saved}) == len(plan.saved), "one is written twice"
+        before = {slot: self._states[slot] for slot in self._verified}
         for slot, kept in plan.decided:
-            assert 1 <= kept <= self._verified[slot]
-            self._committed[slot] += kept
+            assert 1 <= kept <= len(self._verified[slot])
+            self._states[slot] = [*self._states[slot], *self._verified[slot][:kept]]
+        for slot, kept, checkpoint in plan.saved:
+            state = [*before[slot], *self._verified[slot][:kept]] if kept else self._states[slot]
+            assert state == self._states[slot][: len(state)]
+            self._checkpoints[checkpoint] = state
         self._verified.clear()
         for slot in plan.released:
-            self._tables[slot] = []
-            self._committed[slot] = 0
+            self._tables[slot], self._states[slot] = [], []
         for slot, block in plan.new_blocks:
-            assert all(block not in table for table in self._tables), f"block {block} has two owners"
             self._tables[slot].append(block)
+        for slot, checkpoint in plan.restored:
+            self._states[slot] = self._checkpoints[checkpoint]
+
+    def _check_state(self, work: VerifyRow | PrefillChunk) -> None:
+        """A state is of exactly the tokens before the work, all of which are in its blocks."""
+        state = self._states[work.slot] if work.start else []
+        assert len(state) == work.start, (work, state)
+        blocks = self._tables[work.slot]
+        assert state == [self._kv[blocks[p // self._block_tokens]][p % self._block_tokens] for p in range(work.start)]
 
     def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> list[int]:
         keys = []
         for position, token in enumerate(token_ids, start):
             block = self._tables[slot][position // self._block_tokens]
+            assert sum(block in table for table in self._tables) == 1, f"shared block {block} is written to"
             self._kv[block][position % self._block_tokens] = token
             keys.append(history_key(self._read(slot, position), position))
         return keys

@@ -20,10 +20,14 @@ plans = st.builds(
     StepPlan,
     step=numbers,
     verify=st.lists(st.builds(VerifyRow, numbers, numbers, ids), max_size=5).map(tuple),
-    prefill=st.lists(st.builds(PrefillChunk, numbers, numbers, ids, st.booleans()), max_size=5).map(tuple),
+    prefill=st.lists(
+        st.builds(PrefillChunk, numbers, numbers, ids, st.booleans(), st.integers(-1, 99)), max_size=5
+    ).map(tuple),
     new_blocks=pairs,
     released=st.lists(numbers, max_size=5).map(tuple),
     decided=pairs,
+    saved=st.lists(st.tuples(numbers, numbers, numbers), max_size=5).map(tuple),
+    restored=pairs,
     heartbeat=st.booleans(),
     stop=st.booleans(),
 )

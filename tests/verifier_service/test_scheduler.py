@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -119,8 +120,8 @@ class RandomEvents(RuleBasedStateMachine):
             return
         scheduler, limits = self.loop.scheduler, self.loop.limits
         held = scheduler.requests()
-        owned = [block for sequence in held for block in sequence.blocks]
-        assert len(owned) == len(set(owned))
+        owned = Counter(block for sequence in held for block in sequence.blocks)
+        assert all(scheduler.pool.users(block) == owned[block] for block in range(limits.blocks))
         assert scheduler.pool.free + len(owned) == limits.blocks
         slots = [sequence.slot for sequence in held if sequence.slot >= 0]
         assert len(slots) == len(set(slots)) == scheduler.running <= limits.slots

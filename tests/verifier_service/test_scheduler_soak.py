@@ -1,0 +1,44 @@
+"""The scheduler under thousands of random events: nothing leaks, nothing is written twice, and a hit equals a miss."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.verifier_service.soak import Soak
+
+KINDS = [None, 0, 1, 2, 6, 40]  # checkpoints; None: a target without recurrent state
+
+
+@pytest.mark.parametrize("checkpoints", KINDS)
+def test_random_events_leak_no_block_slot_checkpoint_or_feature_page_and_a_hit_equals_a_miss(checkpoints):
+    soak = Soak(7, checkpoints)
+    soak.run(700)
+    soak.drain()
+    cache = soak.scheduler.cache
+    assert soak.scheduler.preemptions > 0
+    assert (cache.hit_tokens > 0) == (checkpoints != 0)
+    assert (soak.counts["restored"] > 0) == bool(checkpoints)
+    assert cache.pool.evictions > 0 or checkpoints == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpoints", [None, 1, 6, 40])
+def test_a_hundred_thousand_random_events(checkpoints, capsys):
+    total = None
+    for seed in range(20):
+        soak = Soak(seed, checkpoints, slots=2 + seed % 5, blocks=22 + 3 * seed, step_tokens=(3, 16, 24, 100)[seed % 4])
+        soak.run(5000)
+        soak.drain()
+        cache = soak.scheduler.cache
+        soak.counts.update(
+            preemptions=soak.scheduler.preemptions,
+            hit_tokens=cache.hit_tokens,
+            queried_tokens=cache.queried_tokens,
+            evicted_blocks=cache.pool.evictions,
+            evicted_checkpoints=cache.checkpoints.evictions,
+        )
+        total = soak.counts if total is None else total + soak.counts
+    assert total is not None
+    assert total["events"] == 100_000
+    with capsys.disabled():
+        print(f"\ncheckpoints {checkpoints}: " + ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
