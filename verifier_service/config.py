@@ -69,6 +69,15 @@ class VerifierSettings(Strict):
     kv_cache_tokens: int = Field(65536, ge=16, description="KV capacity in tokens")
     max_step_tokens: int = Field(2048, ge=16, description="token budget of one step")
     max_context: int | None = Field(None, ge=2, description="None = the checkpoint's own limit")
+    prefix_cache: bool = Field(
+        True, description="keep the KV blocks of finished requests while there is room, for prompts that begin alike"
+    )
+    checkpoint_bytes: int = Field(
+        1 << 30,
+        ge=0,
+        description="of every rank's device memory for checkpoints of recurrent state (Gated DeltaNet), without which "
+        "such a target has no prefix hits; one of Qwen3.5-397B takes 24 MB a rank at tensor_parallel_size 8",
+    )
     feature_store_bytes: int = Field(1 << 30, ge=1 << 16, description="host memory for context features")
     speculation: SpeculationSettings = SpeculationSettings()
     link: LinkSettings = LinkSettings()

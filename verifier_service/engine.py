@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,7 +81,7 @@ class Engine:
     ):
         self.info = info
         self._runner = runner
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(replace(limits, checkpoints=runner.shape.checkpoints))
         self._limits = RequestLimits(info.vocabulary, info.max_context, limits.blocks * limits.block_tokens)
         self._drafting = Drafting(proposer or NoProposer(), make_proposer, runner.set_taps)
         self._channel = channel or PlanChannel(None)
@@ -152,7 +152,7 @@ class Engine:
             linked=drafting.linked,
             drafter_id=drafting.drafter_id,
             epoch=drafting.epoch,
-            counters={**self._tally.counters(), "preemptions": float(scheduler.preemptions), **drafting.counters},
+            counters={**self._tally.counters(), **scheduler.counters(), **drafting.counters},
             step_limit_s=self._step_limit_s,
         )
 

@@ -24,7 +24,7 @@ def prefill_shares(prompts: Sequence[Prompt], budget: int) -> list[int]:
     shares = [0] * len(prompts)
     half = budget - budget // 2
     _deal(prompts, shares, range(len(prompts)), half)
-    nearest = sorted(range(len(prompts)), key=lambda i: (prompts[i].priority, prompts[i].remaining - shares[i]))
+    nearest = sorted(range(len(prompts)), key=lambda i: (prompts[i].priority, prompts[i].remaining))
     _deal(prompts, shares, nearest, budget - sum(shares))
     return shares
 

@@ -174,6 +174,19 @@ class PrefixCache:
         """What the request computed is no good: nobody shall find it."""
         self.pool.forget(sequence.blocks)
 
+    def counters(self) -> dict[str, float]:
+        """For Status: tokens looked up and found, what had to go for something else, what is there now."""
+        pool, checkpoints = self.pool, self.checkpoints
+        return {
+            "prefix_queried_tokens": float(self.queried_tokens),
+            "prefix_hit_tokens": float(self.hit_tokens),
+            "cached_blocks": float(pool.cached),
+            "evicted_blocks": float(pool.evictions),
+            "checkpoints": float(checkpoints.total),
+            "checkpoints_kept": float(checkpoints.kept),
+            "evicted_checkpoints": float(checkpoints.evictions),
+        }
+
     def take_evicted(self) -> list[BlockHash]:
         evicted, self.evicted = self.evicted, []
         return evicted

@@ -90,6 +90,7 @@ def run_rank(
             dtype=getattr(torch, settings.dtype),
             device=settings.device,
             max_context=settings.max_context,
+            checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
         )
         channel = PlanChannel(ranks.group)
         if rank == 0:
@@ -169,6 +170,7 @@ def _limits(settings: VerifierSettings) -> SchedulerLimits:
         block_tokens=settings.block_tokens,
         step_tokens=settings.max_step_tokens,
         max_waiting=settings.max_waiting,
+        prefix_cache=settings.prefix_cache,
     )
 
 

@@ -86,6 +86,10 @@ class Scheduler:
     def running(self) -> int:
         return len(self._requests) - len(self._waiting)
 
+    def counters(self) -> dict[str, float]:
+        """For Status; totals since the start, save for what is in use now."""
+        return {"preemptions": float(self.preemptions), **self.cache.counters()}
+
     def __contains__(self, key: Key) -> bool:
         return key in self._requests
 
@@ -334,7 +338,7 @@ class Scheduler:
         progress = Progress(sequence, row, work.start, len(work.token_ids))
         sequence.computed += len(work.token_ids)
         if work.completes_prompt:
-            progress.logit_row, progress.cached = logit_row, sequence.cached
+            progress.logit_row = logit_row
             self._extend(progress, samples[logit_row : logit_row + 1])
         if sequence.computed >= sequence.name_at and progress.finish != "error":
             self.cache.name(sequence)

@@ -75,8 +75,7 @@ class Progress:
     row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
     logit_row: row of the logits that token_ids[0] was sampled from. token_ids: new output (none in a prefill that goes
     on). drafted: how many drafts were verified; matched: how many of them the target would have said itself; accepted:
-    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. cached: with the first
-    token_ids after an entry, how many tokens were found in the prefix cache then. finish: as in Delta.
+    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. finish: as in Delta.
     """
 
     sequence: RunningRequest
@@ -88,5 +87,4 @@ class Progress:
     drafted: int = 0
     matched: int = 0
     accepted: int = 0
-    cached: int = 0
     finish: str | None = None

@@ -31,7 +31,7 @@ class FakeRunner:
         max_context: int = 4096,
         checkpoints: int | None = None,
     ):
-        self.shape = ModelShape(vocabulary, 2, max_context, 1)
+        self.shape = ModelShape(vocabulary, 2, max_context, 1, checkpoints)
         self.plans: list[StepPlan] = []
         self._block_tokens = block_tokens
         self._kv = [[-1] * block_tokens for _ in range(blocks)]

@@ -16,14 +16,15 @@ from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import RunningRequest
 
 MODEL = FakeModel()
-LONGEST = 60
+LONGEST = 44  # prompt tokens; with its output, a request takes 21 blocks at most
+OUTPUT = 40
 SALTS = ("", "red", "blue")
 
 
 class Soak:
     """One scheduler's life. counts: what happened. Text is compared with the model's own at each request's end."""
 
-    def __init__(self, seed: int, checkpoints: int | None, *, slots: int = 5, blocks: int = 26, step_tokens: int = 24):
+    def __init__(self, seed: int, checkpoints: int | None, *, slots: int = 6, blocks: int = 24, step_tokens: int = 24):
         self.random = random.Random(seed)
         self.limits = SchedulerLimits(slots, blocks, 4, step_tokens, 4, checkpoints=checkpoints)
         self.scheduler = Scheduler(self.limits)
@@ -62,7 +63,7 @@ class Soak:
         salt = self.random.choice(SALTS)
         ids = self._prompt(salt)
         name = f"r{self._names}"
-        output = self.random.randint(1, 20)
+        output = self.random.randint(1, OUTPUT)
         generated = MODEL.greedy(ids, self.random.randrange(output)) if self.random.random() < 0.2 else []
         priority = self.random.choice((0, 0, 0, 1))
         request = EngineRequest(name, tuple(ids), 1, output, 0, tuple(generated), cache_salt=salt, priority=priority)
@@ -97,7 +98,7 @@ class Soak:
         self.counts["restored"] += len(plan.restored)
         self.counts["saved"] += len(plan.saved) + sum(chunk.checkpoint >= 0 for chunk in plan.prefill)
         self.features.difference_update(self.scheduler.cache.take_evicted())
-        used = sum(len(work.token_ids) for work in (*plan.verify, *plan.prefill))
+        used = sum(len(row.token_ids) for row in plan.verify) + sum(len(chunk.token_ids) for chunk in plan.prefill)
         assert used <= self.limits.step_tokens
         logits = self.runner.forward(plan).logits
         assert logits is not None

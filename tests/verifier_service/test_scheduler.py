@@ -282,3 +282,106 @@ def test_rows_of_sampled_requests_carry_their_absolute_positions():
     loop.scheduler.plan()
     (rows,) = loop.scheduler.sampled_rows()
     assert (rows.sequence.request.request_id, rows.row, rows.count, rows.position) == ("sampled", 1, 1, 5)
+
+
+def turns(loop: Loop, *prompts: list[int], **changes) -> list[int]:
+    """Run these prompts one after the other; how many tokens each found in the cache."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        before = loop.scheduler.cache.hit_tokens
+        loop.add(EngineRequest(f"turn{number}{changes}", tuple(prompt), seed=1, max_new_tokens=8, **changes))
+        loop.run()
+        found.append(loop.scheduler.cache.hit_tokens - before)
+    return found
+
+
+def test_a_later_turn_finds_the_prompt_and_the_output_of_the_one_before():
+    first = list(range(10))
+    whole = first + MODEL.greedy(first, 8)  # its last token was never in the cache
+    assert turns(Loop(), first, [*whole, 1, 2]) == [0, 16]
+
+
+def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_token():
+    loop = Loop()
+    assert turns(loop, list(range(8)), list(range(8))) == [0, 4]
+    assert loop.finished == {"turn0{}": "length", "turn1{}": "length"}
+
+
+def test_tenants_find_nothing_of_each_other():
+    loop, prompt = Loop(), list(range(12))
+    assert turns(loop, prompt, cache_salt="red") == [0]
+    assert turns(loop, prompt, cache_salt="blue") == [0]
+    assert turns(loop, prompt, cache_salt="red", priority=1) == [8]
+
+
+def test_without_a_prefix_cache_nothing_is_found():
+    loop = Loop(SchedulerLimits(4, 12, 4, 16, 5, prefix_cache=False))
+    assert turns(loop, list(range(12)), list(range(12))) == [0, 0]
+    assert loop.scheduler.pool.cached == 0
+
+
+def test_choices_of_one_prompt_compute_it_once():
+    loop = Loop(SchedulerLimits(4, 60, 4, 8, 5))
+    prompt = tuple(range(33))
+    for choice in range(4):
+        loop.scheduler.add(EngineRequest("a", prompt, seed=1, max_new_tokens=4, choice=choice))
+    loop.output["a"] = []
+    computed = 0
+    while len(loop.scheduler):
+        loop.step()
+        computed += sum(len(chunk.token_ids) for chunk in loop.last.prefill)
+    assert computed == 32 + 3  # each one's last token apart; the first's is the first row it decodes
+
+
+def test_a_request_that_waits_for_anothers_prefix_goes_on_when_that_is_aborted():
+    loop = Loop(SchedulerLimits(4, 60, 4, 8, 5))
+    prompt = tuple(range(33))
+    for name in ("first", "second"):
+        loop.add(EngineRequest(name, prompt, seed=1, max_new_tokens=2))
+    loop.step()
+    assert loop.scheduler.waiting == 1
+    loop.scheduler.remove(("first", 0))
+    loop.run()
+    assert loop.finished == {"second": "length"}
+
+
+def test_a_preempted_request_finds_what_it_had_computed():
+    loop = Loop(SchedulerLimits(2, 8, 4, 32, 5))
+    for name in ("first", "second"):
+        loop.add(request(name, prompt=7, output=14))
+    loop.run()
+    assert loop.scheduler.preemptions > 0
+    assert loop.scheduler.cache.hit_tokens > 0
+
+
+def test_what_ended_in_an_error_is_not_found_by_others():
+    scheduler = Scheduler(LIMITS)
+    for name in ("a", "b"):
+        scheduler.add(EngineRequest(name, tuple(range(10)), seed=1, max_new_tokens=4))
+        scheduler.plan()
+        scheduler.commit([-1])
+        assert scheduler.pool.cached == 0
+    assert scheduler.cache.hit_tokens == 0
+
+
+def test_a_short_prompt_passes_a_long_one_and_the_long_one_keeps_half_of_the_budget():
+    loop = Loop(SchedulerLimits(4, 100, 4, 8, 5))
+    loop.add(request("long", prompt=80, output=1))
+    loop.step()
+    loop.add(request("short", prompt=9, output=1))
+    for _ in range(3):
+        loop.step()
+        assert loop.last.prefill[0].slot == 0
+        assert len(loop.last.prefill[0].token_ids) >= 4
+    assert loop.finished == {"short": "length"}
+    loop.run()
+
+
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one():
+    loop = Loop(SchedulerLimits(4, 100, 4, 8, 50))
+    loop.add(request("long", prompt=80, output=1))
+    for step in range(20):
+        loop.add(request(f"short{step}", prompt=7, output=1))
+        loop.step()
+    assert "long" in loop.finished
+    assert len(loop.finished) > 8

@@ -26,7 +26,7 @@ def test_random_events_leak_no_block_slot_checkpoint_or_feature_page_and_a_hit_e
 def test_a_hundred_thousand_random_events(checkpoints, capsys):
     total = None
     for seed in range(20):
-        soak = Soak(seed, checkpoints, slots=2 + seed % 5, blocks=22 + 3 * seed, step_tokens=(3, 16, 24, 100)[seed % 4])
+        soak = Soak(seed, checkpoints, slots=3 + seed % 6, blocks=21 + seed, step_tokens=(3, 16, 24, 100)[seed % 4])
         soak.run(5000)
         soak.drain()
         cache = soak.scheduler.cache

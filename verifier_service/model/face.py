@@ -13,12 +13,16 @@ from verifier_service.plan import StepPlan
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank."""
+    """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank.
+
+    checkpoints: of recurrent state, that a plan may name; None for a target without recurrent state.
+    """
 
     vocabulary: int
     hidden: int
     max_context: int
     kv_bytes_per_token: int
+    checkpoints: int | None = None
 
 
 @dataclass(frozen=True)

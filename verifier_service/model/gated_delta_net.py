@@ -185,6 +185,8 @@ class RaggedGatedDeltaNet(nn.Module):
             use_qk_l2norm_in_kernel=True,
         )
         memory.copy_(final[0])
+        if part.checkpoint >= 0:
+            states.save(self.state_layer, part.slot, part.checkpoint)
         return output[0].float()
 
     def _split(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Recurrent states of the Gated DeltaNet layers, per slot, and the commit of a verified block.
 
 A verify leaves the committed state untouched and keeps what a replay needs; the commit of its accepted prefix is one
-weighted sum over the block, because what a token writes (its corrected value) does not depend on later tokens.
+weighted sum over the block, because what a token writes (its corrected value) does not depend on later tokens. The
+same sum over a shorter prefix gives the state at a block boundary inside the verified block, for a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Verified:
 class RecurrentStates:
     """conv [layers, slots, window, channels] and memory [layers, slots, heads, key_dim, value_dim] (float32).
 
-    window: the convolution's width - 1.
+    window: the convolution's width - 1. checkpoint_conv and checkpoint_memory: the same with checkpoints for slots, as
+    many as fit into checkpoint_bytes, at most max_checkpoints.
     """
 
     def __init__(
@@ -44,9 +46,15 @@ class RecurrentStates:
         value_dim: int,
         dtype: torch.dtype,
         device: str | torch.device,
+        checkpoint_bytes: int = 0,
+        max_checkpoints: int = 0,
     ):
         self.conv = torch.zeros(layers, slots, window, channels, dtype=dtype, device=device)
         self.memory = torch.zeros(layers, slots, heads, key_dim, value_dim, device=device)
+        self.bytes_per_state = (self.conv.nbytes + self.memory.nbytes) // slots
+        self.checkpoints = min(checkpoint_bytes // self.bytes_per_state, max_checkpoints)
+        self.checkpoint_conv = self.conv.new_zeros(layers, self.checkpoints, *self.conv.shape[2:])
+        self.checkpoint_memory = self.memory.new_zeros(layers, self.checkpoints, *self.memory.shape[2:])
         self._verified: dict[int, Verified] = {}
         self._slots: tuple[int, ...] = ()
 
@@ -58,38 +66,63 @@ class RecurrentStates:
     def keep(self, layer: int, verified: Verified) -> None:
         self._verified[layer] = verified
 
-    def commit(self, kept: Mapping[int, int]) -> None:
-        """Advance the rows of the last verify by kept[slot] tokens each; rows without an entry stay where they were."""
-        rows = [row for row, slot in enumerate(self._slots) if slot in kept]
-        if not self._verified or not rows:
-            return
-        slots = [self._slots[row] for row in rows]
-        self._advance(
-            torch.tensor(slots, device=self.conv.device),
-            torch.tensor([kept[slot] for slot in slots], device=self.conv.device),
-            None if len(rows) == len(self._slots) else torch.tensor(rows, device=self.conv.device),
-        )
-        self._verified.clear()
-        self._slots = ()
+    def commit(self, kept: Mapping[int, int], saved: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Advance the rows of the last verify by kept[slot] tokens each; rows without an entry stay where they were.
 
-    def _advance(self, slots: torch.Tensor, kept: torch.Tensor, rows: torch.Tensor | None) -> None:
+        saved: (slot, count, checkpoint): the checkpoint becomes the state after `count` tokens of the slot's row of
+        the verify; count 0: the slot's state after this commit.
+        """
+        copied = list(saved)
+        if self._verified:
+            row_of = {slot: row for row, slot in enumerate(self._slots)}
+            if inside := [save for save in saved if save[1]]:
+                copied = [save for save in saved if not save[1]]
+                conv, memory = self._replayed([row_of[save[0]] for save in inside], [save[1] for save in inside])
+                at = self._indices([save[2] for save in inside])
+                self.checkpoint_conv[:, at], self.checkpoint_memory[:, at] = conv, memory
+            if slots := [slot for slot in self._slots if slot in kept]:
+                conv, memory = self._replayed([row_of[slot] for slot in slots], [kept[slot] for slot in slots])
+                at = self._indices(slots)
+                self.conv[:, at], self.memory[:, at] = conv, memory
+            self._verified.clear()
+        if copied:  # a verify of one token a row is committed by now
+            at = self._indices([save[0] for save in copied])
+            into = self._indices([save[2] for save in copied])
+            self.checkpoint_conv[:, into], self.checkpoint_memory[:, into] = self.conv[:, at], self.memory[:, at]
+
+    def save(self, layer: int, slot: int, checkpoint: int) -> None:
+        """One layer's part of a checkpoint, in the middle of a forward."""
+        self.checkpoint_conv[layer, checkpoint] = self.conv[layer, slot]
+        self.checkpoint_memory[layer, checkpoint] = self.memory[layer, slot]
+
+    def restore(self, restored: Sequence[tuple[int, int]]) -> None:
+        """(slot, checkpoint): the slot's state becomes the checkpoint's."""
+        slots = self._indices([slot for slot, _ in restored])
+        at = self._indices([checkpoint for _, checkpoint in restored])
+        self.conv[:, slots], self.memory[:, slots] = self.checkpoint_conv[:, at], self.checkpoint_memory[:, at]
+
+    def _replayed(self, rows: list[int], counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """conv and memory [layers, rows, ...] after counts[i] tokens of row rows[i] of the last verify."""
+        kept, slots = self._indices(counts), self._indices([self._slots[row] for row in rows])
+        chosen = None if len(rows) == len(self._slots) else self._indices(rows)
         layers = [self._verified[layer] for layer in range(self.conv.shape[0])]
-        mixed = _stack([layer.mixed for layer in layers], rows)  # [layers, R, window + Q, channels]
-        keys = _stack([layer.keys for layer in layers], rows)
-        decay = _stack([layer.decay for layer in layers], rows)  # [layers, R, heads, Q]
-        corrected = _stack([layer.corrected for layer in layers], rows)
-        count = decay.shape[-1]
+        mixed = _stack([layer.mixed for layer in layers], chosen)  # [layers, R, window + Q, channels]
+        keys = _stack([layer.keys for layer in layers], chosen)
+        decay = _stack([layer.decay for layer in layers], chosen)  # [layers, R, heads, Q]
+        corrected = _stack([layer.corrected for layer in layers], chosen)
 
         last = (kept - 1).view(1, -1, 1, 1).expand(*decay.shape[:3], 1)
         total = decay.gather(-1, last)  # [layers, R, heads, 1]
-        beyond = torch.arange(count, device=kept.device) >= kept[:, None]  # [R, Q]
+        beyond = torch.arange(decay.shape[-1], device=kept.device) >= kept[:, None]  # [R, Q]
         weight = (total - decay).masked_fill_(beyond[None, :, None], float("-inf")).exp_()
         written = (keys * weight[..., None]).transpose(-1, -2) @ corrected
-        self.memory[:, slots] = self.memory[:, slots].mul_(total.exp()[..., None]).add_(written)
+        memory = self.memory[:, slots].mul_(total.exp()[..., None]).add_(written)
 
-        window = self.conv.shape[2]
-        at = kept[:, None] + torch.arange(window, device=kept.device)  # [R, window]
-        self.conv[:, slots] = mixed[:, torch.arange(len(kept), device=kept.device)[:, None], at]
+        at = kept[:, None] + torch.arange(self.conv.shape[2], device=kept.device)  # [R, window]
+        return mixed[:, torch.arange(len(rows), device=kept.device)[:, None], at], memory
+
+    def _indices(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.conv.device)
 
 
 def _stack(tensors: list[torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor:

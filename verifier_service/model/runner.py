@@ -27,7 +27,8 @@ class TargetRunner:
     """Implements face.Runner. Every rank of the group is given the same plans in the same order.
 
     num_blocks x block_tokens: KV capacity in tokens. num_slots: running requests. max_context: None = the
-    checkpoint's own limit. taps: see set_taps. progress(tensors, bytes): called while weights load.
+    checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. taps: see set_taps.
+    progress(tensors, bytes): called while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -44,6 +45,7 @@ class TargetRunner:
         dtype: torch.dtype,
         device: str,
         max_context: int | None = None,
+        checkpoint_bytes: int = 0,
         taps: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
     ):
@@ -61,7 +63,7 @@ class TargetRunner:
         with torch.inference_mode():
             caches = _caches(self._model, num_blocks, block_tokens, dtype, device)
             latents = _latents(self._model, num_blocks, block_tokens, dtype, device)
-            self._states = _states(self._model, num_slots, dtype, device)
+            self._states = _states(self._model, num_slots, dtype, device, checkpoint_bytes, num_blocks)
         self._rotary = RotaryTable(self._model.rotary, dtype, device)
         self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
         self._builder = StepBuilder(
@@ -74,12 +76,15 @@ class TargetRunner:
             dtype=dtype,
             device=device,
         )
+        checkpoints = None if self._states is None else self._states.checkpoints
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
+        self._saved = [0] * (checkpoints or 0)  # tokens in each checkpoint
         self.shape = ModelShape(
             vocabulary=config.vocabulary,
             hidden=config.hidden,
             max_context=limit,
             kv_bytes_per_token=self._model.kv_values_per_token * dtype.itemsize,
+            checkpoints=checkpoints,
         )
         self._taps: tuple[int, ...] = ()
         self.set_taps(taps)
@@ -102,7 +107,7 @@ class TargetRunner:
         first = self._ranks.rank == 0
         if not plan.verify and not plan.prefill:
             return ForwardOutput(self._no_logits() if first else None, None)
-        self._check_starts(plan)
+        self._follow(plan)
         step = self._builder.build(plan)
         rope = self._rotary.rows(step.positions, step.longest_context)
         hidden = self._model.embedding.index_select(0, step.token_ids)[None]
@@ -111,7 +116,6 @@ class TargetRunner:
             hidden = touchpoints.run_layer(layer, hidden, rope, step)
             if first and index in self._taps:
                 taps[index] = hidden[0]
-        self._advance_prefill(plan)
         rows = hidden[0] if step.logit_rows is None else hidden[0].index_select(0, step.logit_rows)
         logits = self._model.head(self._model.norm(rows)) if len(rows) else self._no_logits()
         return ForwardOutput(
@@ -120,34 +124,38 @@ class TargetRunner:
         )
 
     def _apply(self, plan: StepPlan) -> None:
-        if plan.decided:
-            if self._states is not None:
-                self._states.commit(dict(plan.decided))
-            for slot, kept in plan.decided:
-                self._committed[slot] += kept
+        if self._states is not None and (plan.decided or plan.saved):
+            self._states.commit(dict(plan.decided), plan.saved)
+        for slot, kept, checkpoint in plan.saved:
+            self._saved[checkpoint] = self._committed[slot] + kept
+        for slot, kept in plan.decided:
+            self._committed[slot] += kept
         for slot in plan.released:
             self._tables.release(slot)
             self._committed[slot] = 0
         for slot, block in plan.new_blocks:
             self._tables.append(slot, block)
-        if self._states is not None and plan.verify:
-            self._states.begin_verify([row.slot for row in plan.verify])
+        if self._states is not None:
+            if plan.restored:
+                self._states.restore(plan.restored)
+                for slot, checkpoint in plan.restored:
+                    self._committed[slot] = self._saved[checkpoint]
+            if plan.verify:
+                self._states.begin_verify([row.slot for row in plan.verify])
 
-    def _check_starts(self, plan: StepPlan) -> None:
+    def _follow(self, plan: StepPlan) -> None:
         """A recurrent state knows one position only: going on from another would be silently wrong."""
-        if self._states is None:
-            return
         work: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
         for item in work:
-            if item.start and item.start != self._committed[item.slot]:
+            if item.start and item.start != self._committed[item.slot] and self._states is not None:
                 raise RuntimeError(
                     f"slot {item.slot} holds the state of {self._committed[item.slot]} tokens, but the plan of step "
                     f"{plan.step} goes on at {item.start}"
                 )
-
-    def _advance_prefill(self, plan: StepPlan) -> None:
-        for chunk in plan.prefill:
-            self._committed[chunk.slot] = chunk.start + len(chunk.token_ids)
+            if isinstance(item, PrefillChunk):
+                self._committed[item.slot] = item.start + len(item.token_ids)
+                if item.checkpoint >= 0:
+                    self._saved[item.checkpoint] = self._committed[item.slot]
 
     def _no_logits(self) -> torch.Tensor:
         return torch.empty(0, self.shape.vocabulary, device=self._model.embedding.device)
@@ -169,7 +177,9 @@ def _latents(
     }
 
 
-def _states(model: RankModel, slots: int, dtype: torch.dtype, device: str) -> RecurrentStates | None:
+def _states(
+    model: RankModel, slots: int, dtype: torch.dtype, device: str, checkpoint_bytes: int, max_checkpoints: int
+) -> RecurrentStates | None:
     if not model.recurrent:
         return None
     layer = model.recurrent[0]
@@ -183,4 +193,6 @@ def _states(model: RankModel, slots: int, dtype: torch.dtype, device: str) -> Re
         value_dim=layer.value_dim,
         dtype=dtype,
         device=device,
+        checkpoint_bytes=checkpoint_bytes,
+        max_checkpoints=max_checkpoints,
     )

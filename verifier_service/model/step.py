@@ -49,12 +49,16 @@ class VerifyWindow:
 
 @dataclass(frozen=True)
 class PrefillPart:
-    """Tokens first..stop of the step are a chunk of `slot`'s prompt; fresh: its first, from a zero state."""
+    """Tokens first..stop of the step are a chunk of `slot`'s prompt; fresh: its first, from a zero state.
+
+    checkpoint: where its last state is saved as well; -1: nowhere.
+    """
 
     first: int
     stop: int
     slot: int
     fresh: bool
+    checkpoint: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class StepBuilder:
             works.append(tuple(self._segments(work, first, self._tensor(blocks))))
             longest = max(longest, stop)
             if isinstance(work, PrefillChunk):
-                prefill.append(PrefillPart(first, len(tokens), work.slot, work.start == 0))
+                prefill.append(PrefillPart(first, len(tokens), work.slot, work.start == 0, work.checkpoint))
                 if work.completes_prompt:
                     wanted.append(len(tokens) - 1)
         verified = sum(len(row.token_ids) for row in plan.verify)
