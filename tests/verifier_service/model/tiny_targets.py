@@ -99,9 +99,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
     """A seeded model of the family in float32, saved into `directory`."""
+    model = make(family, **overrides)
+    model.save_pretrained(directory, max_shard_size="200KB")  # several shards and an index
+    return model
+
+
+def make(family: str, **overrides: Any) -> PreTrainedModel:
+    """A seeded model of the family in float32."""
     config = CONFIGS[family] if not overrides else type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **overrides})
     generator = torch.Generator().manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # for what stays as transformers initialises it
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:  # between two low ranks more, or attention would be all but uniform
@@ -114,5 +123,4 @@ def build(family: str, directory: Path, **overrides: Any) -> PreTrainedModel:
             if "correction_bias" in name:
                 buffer.normal_(0, 0.1, generator=generator)
     model.tie_weights()
-    model.save_pretrained(directory, max_shard_size="200KB")  # several shards and an index
     return model
