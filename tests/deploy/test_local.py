@@ -18,6 +18,7 @@ from tests.verifier_service.test_port import WAIT_S, Client, eventually
 from verifier_service.config import VerifierSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+SECRET = "the pair's"
 PROMPTS = [tuple(range(5, 8 + 3 * i)) for i in range(6)]
 
 
@@ -37,14 +38,14 @@ def verifier(pair: tuple[Path, Path], ranks: int, mode: str) -> VerifierSettings
             "kv_cache_tokens": 2048,
             "max_requests": 8,
             "speculation": {"mode": mode, "soft_deadline_s": 2.0},
-            "link": {"token": "secret"},
+            "link": {"token": SECRET},
         }
     )
 
 
 def drafter(pair: tuple[Path, Path]) -> DrafterSettings:
     return DrafterSettings(
-        checkpoint=str(pair[1]), target=str(pair[0]), dtype="float32", device="cpu", window=128, token="secret"
+        checkpoint=str(pair[1]), target=str(pair[0]), dtype="float32", device="cpu", window=128, token=SECRET
     )
 
 
@@ -58,9 +59,9 @@ def outputs(client: Client, prefix: str, count: int = 24) -> list[list[int]]:
 
 def test_two_ranks_with_a_drafter_elsewhere_say_what_one_rank_says_alone(pair):
     with LocalGang(verifier(pair, 1, "none")) as alone:
-        plain = outputs(Client(alone.address), "plain")
+        plain = outputs(Client(alone.address, SECRET), "plain")
     with LocalDrafter(drafter(pair)) as draft, LocalGang(verifier(pair, 2, "disaggregated")) as gang:
-        client = Client(gang.address)
+        client = Client(gang.address, SECRET)
         client.send(SetDrafters((draft.address,)))
         assert eventually(lambda: client.status().linked)
         assert outputs(client, "drafted") == plain
@@ -72,7 +73,7 @@ def test_two_ranks_with_a_drafter_elsewhere_say_what_one_rank_says_alone(pair):
 
 def test_a_stalled_drafter_changes_no_text_and_is_used_again(pair):
     with LocalDrafter(drafter(pair)) as draft, LocalGang(verifier(pair, 1, "disaggregated")) as gang:
-        client = Client(gang.address)
+        client = Client(gang.address, SECRET)
         client.send(SetDrafters((draft.address,)), Configure(soft_deadline_s=0.05))
         assert eventually(lambda: client.status().linked)
         drafted = outputs(client, "drafted", 200)
@@ -89,16 +90,16 @@ def test_a_stalled_drafter_changes_no_text_and_is_used_again(pair):
 
 def test_a_colocated_drafter_changes_no_text(pair):
     with LocalGang(verifier(pair, 1, "colocated")) as gang:
-        client = Client(gang.address)
+        client = Client(gang.address, SECRET)
         drafted = outputs(client, "drafted")
         assert client.status().counters["draft_answers"] > 0
     with LocalGang(verifier(pair, 1, "none")) as gang:
-        assert outputs(Client(gang.address), "plain") == drafted
+        assert outputs(Client(gang.address, SECRET), "plain") == drafted
 
 
 def test_a_dead_rank_ends_the_gang_and_its_clients_hear_of_it(pair):
     with LocalGang(verifier(pair, 2, "none")) as gang:
-        client = Client(gang.address)
+        client = Client(gang.address, SECRET)
         client.send(Submit(EngineRequest("a", PROMPTS[0], seed=1, max_new_tokens=1000)))
         client.codec.receive(client.socket)
         os.kill(gang.pids[1], signal.SIGKILL)

@@ -6,23 +6,21 @@ import pytest
 import torch
 
 from kernels.acceptance import kernel, reference
-from verifier_service import sampling
+from verifier_service.sampling.race import row_keys, uniform
 from verifier_service.acceptance import accepted_drafts
 
 SMALL = {"section": 64, "tile": 32}
 
 
 def a_race(rows: int = 4, vocabulary: int = 150, dtype: torch.dtype = torch.float32):
-    keys = sampling.row_keys(
-        torch.tensor([7, 7, -3, 2**62])[:rows], torch.arange(rows), torch.tensor([9, 8, 7, 6])[:rows]
-    )
+    keys = row_keys(torch.tensor([7, 7, -3, 2**62])[:rows], torch.arange(rows), torch.tensor([9, 8, 7, 6])[:rows])
     return torch.randn(rows, vocabulary).to(dtype), keys, torch.tensor([0.7, 1.0, 0.0, 2.5], dtype=torch.float64)[:rows]
 
 
 def test_random_numbers_are_those_of_the_verifiers_sampling_bit_by_bit():
-    keys = sampling.row_keys(torch.tensor([0, 1, -5, 2**63 - 1]), torch.arange(4), torch.arange(4) * 1000)
+    keys = row_keys(torch.tensor([0, 1, -5, 2**63 - 1]), torch.arange(4), torch.arange(4) * 1000)
     ids = torch.tensor([0, 1, 151_935, 248_319])
-    assert torch.equal(reference.uniform(keys[:, None], ids), sampling.uniform(keys[:, None], ids))
+    assert torch.equal(reference.uniform(keys[:, None], ids), uniform(keys[:, None], ids))
 
 
 def test_the_kernels_hash_is_the_references_bit_by_bit():
@@ -30,7 +28,7 @@ def test_the_kernels_hash_is_the_references_bit_by_bit():
     _, keys, _ = a_race()
     even = torch.zeros(4, 150)
     got = kernel.sample(even, keys, torch.ones(4, dtype=torch.float64), **SMALL)
-    noise = -torch.log(-torch.log(sampling.uniform(keys[:, None], torch.arange(150))))
+    noise = -torch.log(-torch.log(uniform(keys[:, None], torch.arange(150))))
     assert torch.equal(got[0], noise.argmax(-1))
     torch.testing.assert_close(got[1], noise.amax(-1), rtol=1e-14, atol=0.0)
 
@@ -41,7 +39,7 @@ def test_every_token_hashes_alike():
     one = torch.ones(4, dtype=torch.float64)
     for token in (0, 1, 151_935, 2**31 + 5):
         got = kernel.sample(torch.zeros(4, 1), keys, one, first_token=token, section=16, tile=16)[1]
-        want = -torch.log(-torch.log(sampling.uniform(keys, torch.tensor(token))))
+        want = -torch.log(-torch.log(uniform(keys, torch.tensor(token))))
         torch.testing.assert_close(got, want, rtol=1e-14, atol=0.0)
 
 
