@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.acceptance import kernel, reference
-from verifier_service.sampling.race import row_keys, uniform
 from verifier_service.acceptance import accepted_drafts
+from verifier_service.sampling.race import row_keys, uniform
 
 SMALL = {"section": 64, "tile": 32}
 
