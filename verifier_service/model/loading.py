@@ -129,6 +129,7 @@ def _latent_attention(
         nn.Sequential(linear("q_a_proj"), norm("q_a_layernorm"), linear("q_b_proj")) if low_rank else linear("q_proj"),
         linear("kv_a_proj_with_mqa"),
         norm("kv_a_layernorm"),
+        # Plain even where a checkpoint has it packed: it is divided by head. In bf16 Kimi's take 17 MB a layer in all.
         weights.take(f"{prefix}kv_b_proj.weight", tuple(module.kv_b_proj.weight.shape)),
         linear("o_proj"),
         layer=layer,
