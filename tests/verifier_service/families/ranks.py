@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cluster.contracts import EngineInfo
-from modeling.target_config import TargetConfig, read_target_config
 from tests.verifier_service.families.schedule import (
     BLOCK_TOKENS,
     SLOTS,
@@ -33,6 +32,7 @@ from verifier_service.scheduler import SchedulerLimits
 
 PROCESSES = 4  # one group of four ranks, and two of two
 PATIENCE_S = 120.0
+CHECKPOINT_BYTES = 100_000  # a few states of a prefix
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Job:
 
     row: str
     directory: Path
+    text_seed: int
     texts: Texts
     seed: int
     size: int
@@ -48,7 +49,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.row}-{self.size}-{self.seed}"
+        return f"{self.row}, {self.size} ranks, texts {self.text_seed}, schedule {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def run(job: Job, rank: int = 0, group: dist.ProcessGroup | None = None) -> Outc
         dtype=torch.float32,
         device="cpu",
         max_context=128,
+        checkpoint_bytes=CHECKPOINT_BYTES,
     )
     if job.sockets:
         exchange.stop()
@@ -139,10 +141,6 @@ def join(processes: Any, timeout_s: float) -> None:
         for process in processes.processes:
             if process.is_alive():
                 process.kill()
-
-
-def target_config(job: Job) -> TargetConfig:
-    return read_target_config(job.directory)
 
 
 def outcomes(job: Job, directory: Path) -> list[Outcome]:

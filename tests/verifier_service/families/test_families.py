@@ -5,93 +5,79 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-import torch
 
-from tests.verifier_service.families import ranks
-from tests.verifier_service.families.ranks import Job, Outcome
+from modeling.target_config import read_target_config
+from tests.verifier_service.families.campaign import Proof, prove, table, wrongs
 from tests.verifier_service.families.rows import ROWS
-from tests.verifier_service.families.schedule import asks, prompts
-from tests.verifier_service.families.verdict import CLOSE, Judge, Verdict, texts
+from tests.verifier_service.families.schedule import asks
+from tests.verifier_service.families.verdict import CLOSE
 from verifier_service.model import touchpoints
 
 SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}  # by ranks; few blocks and small steps among them
 CASES = [(name, size) for name, row in ROWS.items() for size in row.sizes]
-SOCKETS = "qwen3_moe"  # its ranks talk as those on two hosts do
-PATIENCE_S = 240.0
-
-Proof = tuple[Job, list[Outcome], Verdict]
+PATIENCE_S = 280.0
 
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int], list[Proof]]:
     """All rows' schedules, once."""
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("families")
-    jobs: list[Job] = []
-    judges: dict[str, Judge] = {}
-    for name, row in ROWS.items():
-        model = row.build(root / name)
-        judges[name] = Judge(model)
-        said = texts(model, prompts(seed=1))
-        jobs += [
-            Job(name, root / name, said, seed, size, sockets=name == SOCKETS)
-            for size in row.sizes
-            for seed in SEEDS[size]
-        ]
-    processes = ranks.start([job for job in jobs if job.size > 1], root)
-    done: dict[str, list[Outcome]] = {job.name: [ranks.run(job)] for job in jobs if job.size == 1}
-    ranks.join(processes, PATIENCE_S)
-    done |= {job.name: ranks.outcomes(job, root) for job in jobs if job.size > 1}
     found: dict[tuple[str, int], list[Proof]] = {}
-    for job in jobs:
-        verdict = judges[job.row].verdict(job.texts, job.seed, done[job.name][0])
-        found.setdefault((job.row, job.size), []).append((job, done[job.name], verdict))
+    for proof in prove(tmp_path_factory.mktemp("families"), (1,), SEEDS, PATIENCE_S):
+        found.setdefault((proof.job.row, proof.job.size), []).append(proof)
     return found
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_greedy_output_is_transformers_generates(name, size, proofs):
-    for _, _, verdict in proofs[name, size]:
-        assert verdict.wrong == ""
-        assert verdict.tokens > 50
-        assert verdict.ties <= 2
+    for proof in proofs[name, size]:
+        assert proof.verdict.wrong == ""
+        assert proof.verdict.tokens > 50
+        assert proof.verdict.ties <= 2
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_logits_and_taps_are_the_stock_forwards(name, size, proofs):
-    for _, _, verdict in proofs[name, size]:
-        assert verdict.logits < CLOSE
-        assert verdict.taps < CLOSE
+    for proof in proofs[name, size]:
+        assert proof.verdict.logits < CLOSE
+        assert proof.verdict.taps < CLOSE
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_each_rank_reads_its_share_of_what_can_be_divided(name, size, proofs):
-    job, outcomes, _ = proofs[name, size][0]
-    shapes = touchpoints.text_shapes(ranks.target_config(job))
-    for rank, outcome in enumerate(outcomes):
+    proof = proofs[name, size][0]
+    shapes = touchpoints.text_shapes(read_target_config(proof.job.directory))
+    for rank, outcome in enumerate(proof.outcomes):
         share = sum(ROWS[name].share(tensor, shape, rank, size) for tensor, shape in shapes.items())
         assert outcome.weight_bytes == 4 * share
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_kv_bytes_per_token_are_what_the_formula_says(name, size, proofs):
-    for outcome in proofs[name, size][0][1]:
+    for outcome in proofs[name, size][0].outcomes:
         assert outcome.kv_bytes_per_token == 4 * ROWS[name].kv_values(size)
 
 
 @pytest.mark.parametrize(("name", "size"), [case for case in CASES if case[1] > 1])
 def test_only_rank_zero_gets_logits_and_taps(name, size, proofs):
-    for _, outcomes, _ in proofs[name, size]:
-        assert [outcome.spoke for outcome in outcomes] == [True, *(False,) * (size - 1)]
+    for proof in proofs[name, size]:
+        assert [outcome.spoke for outcome in proof.outcomes] == [True, *(False,) * (size - 1)]
 
 
-def test_the_schedules_preempt_abort_resume_and_reject(proofs):
-    for (name, size), found in proofs.items():
-        counters = [outcomes[0].counters for _, outcomes, _ in found]
-        assert sum(c["preemptions"] for c in counters) > 0, (name, size)
-        for one in counters:
-            assert one["accepted_tokens"] > 20
-            assert one["drafted_tokens"] > one["accepted_tokens"] + 5
-        asked = [ask for job, _, _ in found for ask in asks(job.texts, job.seed)]
-        assert any(ask.aborts_at is not None and ask.resumes for ask in asked)
-        assert any(ask.stops for ask in asked)
+def test_the_schedules_preempt_abort_resume_reject_and_find_prefixes(proofs):
+    for case, found in proofs.items():
+        counters = [proof.outcomes[0].counters for proof in found]
+        asked = [ask for proof in found for ask in asks(proof.job.texts, proof.job.seed)]
+        assert sum(c["preemptions"] for c in counters) > 0, case
+        assert sum(c["prefix_hit_tokens"] for c in counters) > 0, case
+        assert all(c["drafted_tokens"] > c["accepted_tokens"] + 5 > 25 for c in counters), case
+        assert any(ask.aborts_at is not None and ask.resumes for ask in asked), case
+        assert any(ask.stops for ask in asked), case
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3700)
+def test_every_family_stays_exact_over_many_schedules(tmp_path):
+    seeds = range(20, 29)
+    proofs = prove(tmp_path, range(10, 14), {1: seeds, 2: seeds, 4: seeds}, timeout_s=3600)
+    print(table(proofs))
+    assert wrongs(proofs) == []
