@@ -11,6 +11,7 @@ import typer
 COMMANDS = {
     "serve": ("paceline.serve", "Serve a deploy file on this machine or on a Ray cluster."),
     "bench": ("paceline.bench.cli", "Measure engines and servers."),
+    "replay": ("paceline.replay", "Run an engine's last steps before a crash again."),
     "train": ("paceline.train", "Train drafters."),
 }
 

@@ -78,6 +78,11 @@ class VerifierSettings(Strict):
         description="of every rank's device memory for checkpoints of recurrent state (Gated DeltaNet), without which "
         "such a target has no prefix hits; one of Qwen3.5-397B takes 24 MB a rank at tensor_parallel_size 8",
     )
+    flight_recorder: str | None = Field(
+        "/tmp/paceline",
+        description="directory that gets the last 256 steps if the engine crashes, for `paceline replay`; the file "
+        "holds prompts as token ids and is readable by its owner only; null = none",
+    )
     feature_store_bytes: int = Field(1 << 30, ge=1 << 16, description="host memory for context features")
     speculation: SpeculationSettings = SpeculationSettings()
     link: LinkSettings = LinkSettings()

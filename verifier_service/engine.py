@@ -25,6 +25,7 @@ from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
 from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.plain import NoProposer
+from verifier_service.recorder import FlightRecorder
 from verifier_service.sampling.sampler import sample
 from verifier_service.sampling.shaping import draws_of, shaping_of
 from verifier_service.scheduler import Scheduler, SchedulerLimits
@@ -77,6 +78,7 @@ class Engine:
         proposer: Proposer | None = None,
         make_proposer: Callable[[], Proposer] = NoProposer,
         channel: PlanChannel | None = None,
+        recorder: FlightRecorder | None = None,
         heartbeat_s: float = HEARTBEAT_S,
     ):
         self.info = info
@@ -85,6 +87,7 @@ class Engine:
         self._limits = RequestLimits(info.vocabulary, info.max_context, limits.blocks * limits.block_tokens)
         self._drafting = Drafting(proposer or NoProposer(), make_proposer, runner.set_taps)
         self._channel = channel or PlanChannel(None)
+        self._recorder = recorder
         self._heartbeat_s = heartbeat_s
         self._emission = Emission()
         self._deadlines = Deadlines()
@@ -192,6 +195,7 @@ class Engine:
             self._end("the engine is stopping: send the request to another one, or again later")
         except BaseException as error:
             log.exception("step %d failed", self._scheduler.step)
+            self._write_record(f"{type(error).__name__}: {error}")
             self._end(f"the engine failed in step {self._scheduler.step} and restarts ({type(error).__name__})")
             raise
         finally:
@@ -200,6 +204,8 @@ class Engine:
     def _step(self) -> None:
         began = time.monotonic()
         plan = self._scheduler.plan()
+        if self._recorder is not None:
+            self._recorder.planned(plan.step, self._scheduler.planned)
         tokens = sum(len(work.token_ids) for part in (plan.verify, plan.prefill) for work in part)
         self._step_limit_s = self._watch.limit(tokens)
         self._channel.send(plan)
@@ -218,6 +224,8 @@ class Engine:
         self._step_limit_s = self._watch.ended(tokens, seconds)
         self._drafting.learn(progress, bool(plan.prefill), seconds - drafting)
         self._tally.step(plan, progress, seconds, forward, drafting)
+        if self._recorder is not None:
+            self._recorder.done(plan.step, samples, seconds)
 
     def _beat(self) -> None:
         """An empty step, so that a rank that has died is noticed while nothing else happens."""
@@ -233,6 +241,15 @@ class Engine:
         """False if nothing has come within a heartbeat."""
         with self._arrived:
             return self._arrived.wait_for(lambda: self._stopping or bool(self._commands), self._heartbeat_s)
+
+    def _write_record(self, reason: str) -> None:
+        if self._recorder is None:
+            return
+        try:
+            if path := self._recorder.write(reason):
+                log.error("the last steps are in %s: run them again with `paceline replay %s`", path, path)
+        except OSError as error:
+            log.error("the last steps could not be written (%s)", error)
 
     # Requests come and go.
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from verifier_service.port import EnginePort
 from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.linked import LinkProposer
 from verifier_service.proposers.plain import NoProposer
+from verifier_service.recorder import FlightRecorder, FlightTarget
 from verifier_service.scheduler import SchedulerLimits
 
 log = logging.getLogger(__name__)
@@ -129,8 +131,27 @@ def build_engine(
         block_size=block_size,
     )
     return Engine(
-        runner, _limits(settings), info, proposer=make_proposer(), make_proposer=make_proposer, channel=channel
+        runner,
+        _limits(settings),
+        info,
+        proposer=make_proposer(),
+        make_proposer=make_proposer,
+        channel=channel,
+        recorder=_recorder(settings, engine_id, fingerprint),
     )
+
+
+def _recorder(settings: VerifierSettings, engine_id: str, fingerprint: str) -> FlightRecorder | None:
+    if settings.flight_recorder is None:
+        return None
+    target = FlightTarget(
+        str(Path(settings.target).absolute()),
+        fingerprint,
+        settings.dtype,
+        settings.tensor_parallel_size,
+        settings.block_tokens,
+    )
+    return FlightRecorder(settings.flight_recorder, engine_id, target)
 
 
 def _proposer(

@@ -152,6 +152,11 @@ class Scheduler:
             heartbeat=not verify and not prefill,
         )
 
+    @property
+    def planned(self) -> Sequence[tuple[RunningRequest, VerifyRow | PrefillChunk]]:
+        """The planned step's rows with their requests, in order; a new list every step."""
+        return self._planned
+
     def sampled_rows(self) -> list[SampledRows]:
         """Of the planned step, for the requests whose token is not just the best one."""
         if all(sequence.plain for sequence, _ in self._planned):

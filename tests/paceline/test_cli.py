@@ -17,7 +17,7 @@ def paceline(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands():
     result = paceline("--help")
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("serve", "bench", "train"))
+    assert all(command in result.stdout for command in ("serve", "bench", "replay", "train"))
 
 
 def test_a_bad_deploy_file_ends_with_code_2_and_one_clear_line(tmp_path):

@@ -1,0 +1,121 @@
+"""An engine that crashes leaves its last steps behind; run again, they give the same tokens."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import typer
+
+from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
+from modeling.target_config import target_fingerprint
+from paceline.replay import replay
+from tests.verifier_service.model import tiny_targets
+from tests.verifier_service.test_engine import Inbox
+from tests.verifier_service.test_real_model import PROMPTS, Oracle
+from verifier_service.engine import Engine
+from verifier_service.model.face import ForwardOutput
+from verifier_service.model.runner import TargetRunner
+from verifier_service.plan import StepPlan
+from verifier_service.recorder import Flight, FlightRecorder, FlightTarget, read_flight
+from verifier_service.scheduler import SchedulerLimits
+
+KEPT = 12  # steps
+LAST = 40
+BLOCK = 4
+
+
+class Fragile:
+    """A runner that fails in step LAST."""
+
+    def __init__(self, runner: TargetRunner):
+        self._runner = runner
+        self.shape, self.set_taps = runner.shape, runner.set_taps
+
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        if plan.step == LAST:
+            raise RuntimeError("the card fell off the bus")
+        return self._runner.forward(plan)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of greedy, sampled and penalised requests, drafted with random success, preempted now and then."""
+    directory, records = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("records")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_targets.build("qwen3_5_moe", directory)
+    runner = TargetRunner(
+        directory, num_blocks=40, block_tokens=BLOCK, num_slots=4, dtype=torch.float32, device="cpu", max_context=128
+    )
+    target = FlightTarget(str(directory), target_fingerprint(directory), "float32", 1, BLOCK)
+    recorder = FlightRecorder(records, "replica/1", target, steps=KEPT)
+    texts = {str(i): [(7 * i + j) % 250 for j in range(80)] for i in range(len(PROMPTS))}
+    engine = Engine(
+        Fragile(runner),
+        SchedulerLimits(slots=4, blocks=40, block_tokens=BLOCK, step_tokens=24, max_waiting=9),
+        EngineInfo("replica/1", "f", 128, runner.shape.vocabulary, 4, 8),
+        proposer=Oracle(texts, "partly"),
+        recorder=recorder,
+    )
+    inbox = Inbox()
+    for i, prompt in enumerate(PROMPTS):
+        sampling = SamplingParams(temperature=float(i % 2), top_p=0.9, frequency_penalty=0.5 * (i == 2))
+        engine.submit(EngineRequest(str(i), prompt, i, 70, sampling=sampling), inbox)
+    with pytest.raises(RuntimeError, match="bus"):
+        engine.run()
+    (path,) = records.iterdir()
+    return path
+
+
+def run(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = 0
+    try:
+        replay(path)
+    except typer.Exit as error:
+        code = error.exit_code
+    return code, capsys.readouterr().out
+
+
+def test_the_last_steps_are_kept_for_their_owner_only(record):
+    flight = read_flight(record)
+    assert [step.step for step in flight.steps] == list(range(LAST - KEPT + 1, LAST + 1))
+    assert [step.samples is None for step in flight.steps] == [False] * (KEPT - 1) + [True]
+    assert "the card fell off the bus" in flight.reason
+    assert stat.S_IMODE(record.stat().st_mode) == 0o600
+
+
+def test_the_same_steps_give_the_same_tokens(record, capsys):
+    code, out = run(record, capsys)
+    compared = sum(len(step.samples or ()) for step in read_flight(record).steps)
+    assert code == 0, out
+    assert f"{compared} tokens compared, 0 differ" in out
+
+
+def test_a_token_that_the_target_did_not_say_is_named(record, tmp_path, capsys):
+    flight = read_flight(record)
+    step = flight.steps[5]
+    wrong = msgspec.structs.replace(step, samples=(step.samples[0] ^ 1, *step.samples[1:]))
+    code, out = run(rewritten(flight, tmp_path, (*flight.steps[:5], wrong)), capsys)
+    row = step.rows[0]
+    request = flight.requests[row.request].request.request_id
+    assert code == 1
+    assert "1 differ" in out
+    assert f"step {step.step}, request {request!r} choice 0, position {row.start + 1}: recorded" in out
+
+
+def test_what_is_no_record_is_refused(record, tmp_path, capsys):
+    (tmp_path / "x.flight").write_bytes(b"\x93abc")
+    assert run(tmp_path / "x.flight", capsys)[0] == 2
+    assert run(tmp_path / "absent.flight", capsys)[0] == 2
+    future = msgspec.structs.replace(read_flight(record), format=9)
+    assert run(rewritten(future, tmp_path, future.steps), capsys)[0] == 2
+
+
+def rewritten(flight: Flight, directory: Path, steps) -> Path:
+    path = directory / "changed.flight"
+    path.write_bytes(msgspec.msgpack.encode(msgspec.structs.replace(flight, steps=tuple(steps))))
+    return path
