@@ -144,8 +144,9 @@ class Replay:
         prefill: tuple[PrefillChunk, ...],
         decided: tuple[tuple[int, int], ...] = (),
     ) -> ForwardOutput:
-        blocks = []
-        for work in (*verify, *prefill):
+        blocks: list[tuple[int, int]] = []
+        everything: list[VerifyRow | PrefillChunk] = [*verify, *prefill]
+        for work in everything:
             needed = -(-(work.start + len(work.token_ids)) // self._block_tokens)
             while self._owned[work.slot] < needed:
                 self._owned[work.slot] += 1

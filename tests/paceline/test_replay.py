@@ -98,6 +98,7 @@ def test_the_same_steps_give_the_same_tokens(record, capsys):
 def test_a_token_that_the_target_did_not_say_is_named(record, tmp_path, capsys):
     flight = read_flight(record)
     step = flight.steps[5]
+    assert step.samples is not None
     wrong = msgspec.structs.replace(step, samples=(step.samples[0] ^ 1, *step.samples[1:]))
     code, out = run(rewritten(flight, tmp_path, (*flight.steps[:5], wrong)), capsys)
     row = step.rows[0]
