@@ -14,6 +14,7 @@ import torch
 from msgspec.structs import asdict, replace
 
 from cluster.contracts import Configure
+from verifier_service.block_hashes import BlockHash
 from verifier_service.proposers.face import Proposer, ProposerState
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.proposers.renewal import END_S, Renewal, ended
@@ -65,6 +66,9 @@ class Drafting:
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         self._guarded(lambda: self._proposer.forget(sequences))
+
+    def evicted(self, hashes: Sequence[BlockHash]) -> None:
+        self._guarded(lambda: self._proposer.evicted(hashes))
 
     def configure(self, settings: Configure) -> None:
         with self._known:

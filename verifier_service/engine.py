@@ -209,6 +209,8 @@ class Engine:
         tokens = sum(len(work.token_ids) for part in (plan.verify, plan.prefill) for work in part)
         self._step_limit_s = self._watch.limit(tokens)
         self._channel.send(plan)
+        if evicted := self._scheduler.cache.take_evicted():
+            self._drafting.evicted(evicted)
         before = time.monotonic()
         output = self._runner.forward(plan)
         forward = time.monotonic() - before

@@ -1,27 +1,41 @@
-"""Context features of running requests, kept on the host so that a draft context can be built again at any time.
+"""Context features, kept on the host so that a draft context can be built at any time: of running requests by
+position, of cached KV blocks by hash.
 
 A new drafter, a new epoch of the link or an eviction loses what was sent; the last W tokens' features are sent again
-from here. Bounded in bytes: over the bound the longest request loses its oldest rows, which costs acceptance only.
+from here. After a prefix hit they come from the blocks that were found. Bounded in bytes: over the bound the blocks
+used least recently lose theirs, then the longest request its oldest rows, which costs acceptance only.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
+
+from verifier_service.block_features import BlockFeatures
+from verifier_service.block_hashes import BlockHash
 
 LOOSE = 32  # a request's newest rows are views of steps' tensors; so many are joined into a copy, and the steps' freed
 PINNED = 8  # times its own bytes: a view that keeps more than this alive is copied at once
 
 
 class FeatureStore:
-    """By request: rows [count, hidden] for consecutive positions. Not thread-safe: the engine's thread owns it."""
+    """By request: rows [count, hidden] for consecutive positions. Not thread-safe: the engine's thread owns it.
 
-    def __init__(self, max_bytes: int):
+    block_tokens: of a KV block. bytes: of the requests' rows; block_bytes: of the blocks'.
+    """
+
+    def __init__(self, max_bytes: int, block_tokens: int):
         self._max_bytes = max_bytes
+        self.block_tokens = block_tokens
         self._held: dict[Hashable, _Held] = {}
+        self._blocks = BlockFeatures()
         self.bytes = 0
+
+    @property
+    def block_bytes(self) -> int:
+        return self._blocks.bytes
 
     def put(self, key: Hashable, start: int, rows: torch.Tensor, window: int) -> None:
         """Add rows for positions start.. ; the newest `window` positions are kept.
@@ -42,8 +56,48 @@ class FeatureStore:
         if rows.untyped_storage().nbytes() > PINNED * rows.nbytes:
             rows = rows.clone()
         self.bytes += held.add(rows) - held.trim(window)
-        if self.bytes > self._max_bytes:
-            self._shrink()
+        self._shrink()
+
+    def put_blocks(self, key: Hashable, start: int, rows: torch.Tensor, hashes: Sequence[BlockHash]) -> None:
+        """Keep a copy for every block that these rows complete, beside what the request holds of it. Call before put.
+
+        hashes: of the request's blocks from the first on; blocks without one are not kept.
+        """
+        size, stop = self.block_tokens, start + rows.shape[0]
+        for index in range(start // size, min(stop // size, len(hashes))):
+            first = index * size
+            if self._blocks.get(hashes[index]) is not None:
+                continue
+            own = rows[max(0, first - start) : first + size - start]
+            if first < start:
+                begin, pieces = self.since(key, first)
+                if begin != first or self.end(key) < start:
+                    continue
+                self._blocks.put(hashes[index], torch.cat([torch.cat(pieces)[: start - first], own]))
+            else:
+                self._blocks.put(hashes[index], own.clone())
+        self._shrink()
+
+    def put_from_blocks(self, key: Hashable, hashes: Sequence[BlockHash], wanted: int) -> bool:
+        """A request goes on after blocks with these hashes: give it the newest rows of them, as many as are wanted and
+        there. False: none.
+        """
+        pieces: list[torch.Tensor] = []
+        for block_hash in reversed(hashes):
+            if len(pieces) * self.block_tokens >= wanted:
+                break
+            rows = self._blocks.get(block_hash)
+            if rows is None:
+                break
+            pieces.append(rows)
+        if not pieces:
+            return False
+        self.put(key, (len(hashes) - len(pieces)) * self.block_tokens, torch.cat(pieces[::-1]), wanted)
+        return True
+
+    def forget_blocks(self, hashes: Iterable[BlockHash]) -> None:
+        """These blocks are evicted."""
+        self._blocks.forget(hashes)
 
     def first(self, key: Hashable) -> int:
         """The oldest position held, or the end if there is none."""
@@ -66,6 +120,8 @@ class FeatureStore:
             self.bytes -= held.bytes
 
     def _shrink(self) -> None:
+        while self.bytes + self._blocks.bytes > self._max_bytes and len(self._blocks):
+            self._blocks.forget_oldest()
         while self.bytes > self._max_bytes:
             longest = max(self._held.values(), key=lambda held: held.bytes)
             rows = longest.end - longest.first

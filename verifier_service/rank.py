@@ -81,19 +81,7 @@ def run_rank(
     torch.set_num_threads(settings.threads_per_rank)
     check_fit(settings)
     with _ranks(settings, rank, rendezvous) as ranks:
-        runner = TargetRunner(
-            settings.target,
-            rank=rank,
-            size=settings.tensor_parallel_size,
-            group=ranks.group,
-            num_blocks=_limits(settings).blocks,
-            block_tokens=settings.block_tokens,
-            num_slots=settings.max_requests,
-            dtype=getattr(torch, settings.dtype),
-            device=settings.device,
-            max_context=settings.max_context,
-            checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
-        )
+        runner = build_runner(settings, rank, ranks.group)
         channel = PlanChannel(ranks.group)
         if rank == 0:
             engine = build_engine(settings, runner, channel, engine_id, make_link)
@@ -103,6 +91,23 @@ def run_rank(
             ranks.meet()
             on_ready("")
             follow(runner, channel)
+
+
+def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -> TargetRunner:
+    """One rank's target, loaded. group: None for a single rank. Raises CheckpointError as TargetRunner does."""
+    return TargetRunner(
+        settings.target,
+        rank=rank,
+        size=settings.tensor_parallel_size,
+        group=group,
+        num_blocks=_limits(settings).blocks,
+        block_tokens=settings.block_tokens,
+        num_slots=settings.max_requests,
+        dtype=getattr(torch, settings.dtype),
+        device=settings.device,
+        max_context=settings.max_context,
+        checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
+    )
 
 
 def build_engine(
@@ -166,7 +171,7 @@ def _proposer(
     return LinkProposer(
         make_link(settings, fuser, verifier_id=engine_id, target_fingerprint=fingerprint, vocabulary=vocabulary),
         fuser,
-        FeatureStore(settings.feature_store_bytes),
+        FeatureStore(settings.feature_store_bytes, settings.block_tokens),
         verifier_id=engine_id,
         max_draft_tokens=speculation.max_draft_tokens,
         soft_deadline_s=speculation.soft_deadline_s,

@@ -122,7 +122,7 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
     runner = _Timed(NullRunner(context), options.requests)
     proposer = None
     if drafts:
-        store = FeatureStore(1 << 30)
+        store = FeatureStore(1 << 30, BLOCK_TOKENS)
         proposer = LinkProposer(
             NullLink(drafts + 1, options.right),
             NullFuser(drafts + 1),

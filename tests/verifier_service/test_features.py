@@ -28,7 +28,7 @@ def read(store: FeatureStore, key: str, start: int = 0) -> tuple[int, list[int]]
     st.integers(4, 400),
 )
 def test_the_newest_window_is_there_and_bytes_are_bounded(window: int, puts: list[tuple[str, int, int]], limit: int):
-    store = FeatureStore(limit * ROW)
+    store = FeatureStore(limit * ROW, 4)
     for key, offset, count in puts:
         before = store.end(key)
         start = max(0, before + offset)
@@ -46,7 +46,7 @@ def test_the_newest_window_is_there_and_bytes_are_bounded(window: int, puts: lis
 
 
 def test_over_the_bound_the_longest_request_loses_its_oldest_rows():
-    store = FeatureStore(100 * ROW)
+    store = FeatureStore(100 * ROW, 4)
     store.put("long", 0, rows(0, 80), 1000)
     store.put("short", 0, rows(0, 30), 1000)
     assert read(store, "short") == (0, list(range(30)))
@@ -55,7 +55,7 @@ def test_over_the_bound_the_longest_request_loses_its_oldest_rows():
 
 
 def test_positions_computed_again_are_skipped():
-    store = FeatureStore(1 << 20)
+    store = FeatureStore(1 << 20, 4)
     store.put("a", 0, rows(0, 10), 100)
     store.put("a", 4, rows(4, 10), 100)
     assert read(store, "a") == (0, list(range(14)))
@@ -63,7 +63,7 @@ def test_positions_computed_again_are_skipped():
 
 
 def test_a_gap_starts_afresh():
-    store = FeatureStore(1 << 20)
+    store = FeatureStore(1 << 20, 4)
     store.put("a", 0, rows(0, 10), 100)
     store.put("a", 50, rows(50, 5), 100)
     assert read(store, "a") == (50, list(range(50, 55)))
@@ -71,7 +71,7 @@ def test_a_gap_starts_afresh():
 
 
 def test_a_small_part_of_a_large_tensor_does_not_keep_it_alive():
-    store = FeatureStore(1 << 20)
+    store = FeatureStore(1 << 20, 4)
     step = rows(0, 100)
     store.put("small", 0, step[:2], 100)
     store.put("large", 0, step, 100)

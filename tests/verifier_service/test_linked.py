@@ -120,7 +120,7 @@ class CheckedLink:
 
 
 def linked(link: CheckedLink, **changes) -> LinkProposer:
-    store = FeatureStore(changes.pop("store_bytes", 1 << 20))
+    store = FeatureStore(changes.pop("store_bytes", 1 << 20), 4)
     settings = {"verifier_id": "v", "max_draft_tokens": None, "soft_deadline_s": 0.01, **changes}
     return LinkProposer(link, TapFuser(), store, **settings)
 
@@ -222,7 +222,7 @@ def test_a_link_that_goes_and_comes_back_is_used_again(running):
                 link.begin_epoch()
 
     proposer = Unlinked(
-        link, TapFuser(), FeatureStore(1 << 20), verifier_id="v", max_draft_tokens=None, soft_deadline_s=0.01
+        link, TapFuser(), FeatureStore(1 << 20, 4), verifier_id="v", max_draft_tokens=None, soft_deadline_s=0.01
     )
     drive(link, proposer, running, at(link.end_epoch, 3))
     assert link.state.epoch == 2

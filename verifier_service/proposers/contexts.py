@@ -113,31 +113,42 @@ class Contexts:
         """Nothing is sent for these until the next catch_up."""
         self._lagging.update(context for context in contexts if context.placed)
 
-    def take(self, moved: list[tuple[Context, Progress]], taps: torch.Tensor, send: bool) -> None:
-        """Fuse the committed rows in one go, keep them, and send each context its own."""
-        window = self._window
-        whose: list[tuple[Context, int]] = []  # context, position of its first row
-        firsts: list[int] = []
-        counts: list[int] = []
+    def take(
+        self, moved: list[tuple[Context, Progress]], ended: list[Progress], taps: torch.Tensor, send: bool
+    ) -> None:
+        """Fuse the committed rows in one go, keep them, and send each context its own.
+
+        ended: of requests that are over; only what completes a cached block of theirs is kept.
+        """
+        wanted: list[tuple[Context | None, Progress, int]] = []  # progress: from which of its rows on
         for context, progress in moved:
-            skipped = len(context.sequence.tokens) - window - progress.start
-            skipped = min(skipped, progress.kept) if skipped > 0 else 0
-            if skipped < progress.kept:
-                whose.append((context, progress.start + skipped))
-                firsts.append(progress.row + skipped)
-                counts.append(progress.kept - skipped)
-        if not whose:
+            sequence = context.sequence
+            if progress.start > self._store.end(sequence.key):
+                self._find(context, progress.start)
+            first = 0 if sequence.hashes else self._before_window(sequence, progress)
+            if first < progress.kept:
+                wanted.append((context, progress, first))
+        if ended:
+            wanted += [(None, progress, 0) for progress in ended if progress.sequence.hashes]
+            wanted.sort(key=lambda want: want[1].row)
+        if not wanted:
             return
+        firsts = [progress.row + first for _, progress, first in wanted]
+        counts = [progress.kept - first for _, progress, first in wanted]
         if sum(counts) != taps.shape[0]:
             taps = taps.index_select(0, _ranges(firsts, counts).to(taps.device))
         features = self._fuser(taps)
         stored = features.cpu()  # the same tensor on a CPU
         own_rows = stored.split(counts)
         sent_rows = own_rows if stored is features else features.split(counts)
-        for (context, start), count, own, sent in zip(whose, counts, own_rows, sent_rows):
-            self._store.put(context.sequence.key, start, own, window)
-            if send:
-                self._send_new(context, start, count, sent)
+        for (owner, progress, first), own, sent in zip(wanted, own_rows, sent_rows):
+            sequence = progress.sequence
+            self._store.put_blocks(sequence.key, progress.start + first, own, sequence.hashes)
+            if owner is not None:
+                old = self._before_window(sequence, progress) - first
+                self._keep(sequence, progress.start + first, own, old)
+                if send and old < own.shape[0]:
+                    self._send_new(owner, progress.start + first + old, own.shape[0] - old, sent[old:])
 
     def catch_up(self) -> None:
         """Send lagging contexts what the store has, as fast as the drafter takes it in."""
@@ -147,6 +158,28 @@ class Contexts:
             if pieces:
                 rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 self._append(context, start, rows.shape[0], rows)
+
+    def _keep(self, sequence: RunningRequest, start: int, rows: torch.Tensor, old: int) -> None:
+        """The first `old` rows lie before the window; of them only those of a block that is not full yet are kept."""
+        count = rows.shape[0]
+        if old > 0 and sequence.hashes:
+            begun = (start + count) % self._store.block_tokens
+            old = max(min(old, count - begun), 0)
+        if old < count:
+            self._store.put(sequence.key, start + old, rows[old:], self._window)
+
+    def _find(self, context: Context, start: int) -> None:
+        """A request that nothing is held of goes on at `start`, a block boundary: after a prefix hit."""
+        sequence = context.sequence
+        wanted = start - max(len(sequence.tokens) - self._window, 0)
+        if wanted > 0:
+            found = sequence.hashes[: start // self._store.block_tokens]
+            if self._store.put_from_blocks(sequence.key, found, wanted) and context.placed:
+                self._lagging.add(context)
+
+    def _before_window(self, sequence: RunningRequest, progress: Progress) -> int:
+        """How many of these rows lie before the window of what is known of the request."""
+        return min(max(len(sequence.tokens) - self._window - progress.start, 0), progress.kept)
 
     def _begin(self, sequence: RunningRequest) -> Context:
         own = sequence.request.max_draft_tokens

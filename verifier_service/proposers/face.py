@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from verifier_service.block_hashes import BlockHash
 from verifier_service.sequence import Progress, RunningRequest
 
 
@@ -45,6 +46,9 @@ class Proposer(Protocol):
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """These requests are over."""
+
+    def evicted(self, hashes: Sequence[BlockHash]) -> None:
+        """These cached KV blocks are gone, and nothing kept beside them will be asked for."""
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
         """None leaves a setting as it is."""

@@ -11,6 +11,7 @@ import torch
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAnswer, DraftAsk
+from verifier_service.block_hashes import BlockHash
 from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
 from verifier_service.proposers.contexts import Context, Contexts, Fuser
@@ -68,8 +69,9 @@ class LinkProposer:
         moved = [(context, p) for context, p in going if context.limit > 0]
         ready = [context for context, p in moved if p.token_ids]
         most = self._most(state, bool(ready))
-        if taps is not None and moved:
-            self._contexts.take(moved, taps, state.linked and not self._resting)
+        ended = [p for p in progress if p.finish is not None and p.sequence.request.max_draft_tokens != 0]
+        if taps is not None and (moved or ended):
+            self._contexts.take(moved, ended, taps, state.linked and not self._resting)
         if not state.linked:
             return
         if self._resting:  # features go to the store only
@@ -113,6 +115,9 @@ class LinkProposer:
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         self._late.difference_update(self._contexts.forget(sequences))
 
+    def evicted(self, hashes: Sequence[BlockHash]) -> None:
+        self._store.forget_blocks(hashes)
+
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
         """Values that cannot work are ignored: they may come from another process, and must not end drafting."""
         if max_draft_tokens is not None:
@@ -137,6 +142,7 @@ class LinkProposer:
             "context_tokens": float(self._contexts.tokens_sent),
             "link_bytes": float(state.sent_bytes),
             "feature_bytes": float(self._store.bytes),
+            "block_feature_bytes": float(self._store.block_bytes),
         }
         return ProposerState(state.linked, state.drafter_id, state.epoch, counters)
 

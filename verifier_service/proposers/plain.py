@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from verifier_service.block_hashes import BlockHash
 from verifier_service.proposers.face import ProposerState
 from verifier_service.sequence import Progress, RunningRequest
 
@@ -26,6 +27,9 @@ class NoProposer:
 
     def forget(self, sequences: Sequence[RunningRequest]) -> None:
         """Nothing is held."""
+
+    def evicted(self, hashes: Sequence[BlockHash]) -> None:
+        """Nothing is kept."""
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
         """There is nothing to set."""
