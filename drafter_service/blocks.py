@@ -71,6 +71,7 @@ class BlockDrafter:
         """The first call of every kernel is slow; let no verifier wait for it."""
         table, rows = ContextTable(1, self.pool.window), min(8, self.pool.window)
         placement = table.append(("", "warm-up"), 0, rows)
+        assert placement is not None, "an empty table has room"
         hidden = self._loaded.config.hidden
         self.pool.stage(placement, torch.zeros(rows, hidden, dtype=self._model.dtype, device=self._model.device))
         self.pool.flush()

@@ -20,7 +20,7 @@ class DrafterSettings(BaseModel):
     device: Literal["cpu", "cuda"] = "cuda"
     threads: int = Field(1, ge=1, description="torch threads on CPU")
     window: int = Field(4096, ge=16, description="context features kept per context, for full-attention drafters")
-    max_contexts: int = Field(256, ge=1, description="contexts held at once, over all verifiers; the oldest is evicted")
+    max_contexts: int = Field(256, ge=1, description="contexts held at once, shared fairly among verifiers")
     max_queue: int = Field(1024, ge=1, description="asks waiting; beyond it the answer is 'no drafts' at once")
     token: str = Field("", description="shared secret of the link")
     tls: TlsFiles | None = Field(None, description="of the link")

@@ -1,13 +1,18 @@
 """Which draft contexts are held, where, and up to which position. Pure bookkeeping: the rows live in `pool`.
 
-Each context owns one slot: a ring of `window` rows. Position p lies in ring row (p - origin) mod window, so that a
-context that has not wrapped yet is the contiguous rows 0..length-1, and one that has is all of them.
+Each context owns one slot of `window` rows and fills them in the order in which its positions come: mostly upwards, but
+a context that is built again comes newest first, and a context row does not depend on the others. So what is held is
+always the slot's first rows, whatever their positions. Once all are filled, position p takes the row of p - window.
+
+Slots are shared fairly: when none is free, a link takes one from the link that holds most, if that leaves it with no
+fewer than the taker then has; else its new context is turned away. So links do not take contexts from each other in
+turns, and one that alone wants more than there is keeps what it has.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, replace
 
 Key = tuple[str, str]  # link id, context id
 MAX_POSITION = 1 << 40  # far above any model's; positions are int64 in tensors
@@ -15,35 +20,38 @@ MAX_POSITION = 1 << 40  # far above any model's; positions are int64 in tensors
 
 @dataclass(slots=True)
 class Context:
-    """Holds positions origin..watermark-1, the last `window` of them in the ring. Mutated by its table only."""
+    """Holds positions lowest..watermark-1, at most `window` of them. Mutated by its table only."""
 
     slot: int
-    origin: int
+    lowest: int
     watermark: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What an append means: write the given rows from `skip` on, as positions first..first+count-1, into `context`.
+    """What an append means: write the given rows from `skip` on into these rows of the slot, one each.
 
-    restarted: earlier rows of this context are void. evicted: whose slot was taken. count is at most the window.
+    rows: of positions first..first+count-1. restarted: what was in the slot before is void.
+    evicted: whose slot was taken.
     """
 
     context: Context
     first: int
     skip: int
-    count: int
-    restarted: bool
+    rows: list[int]
+    restarted: bool = False
     evicted: Key | None = None
 
 
 class ContextTable:
-    """At most `slots` contexts of `window` positions; a new one takes the slot of the least recently used."""
+    """At most `slots` contexts of `window` positions."""
 
     def __init__(self, slots: int, window: int):
         self.window = window
         self._free = list(range(slots - 1, -1, -1))
         self._contexts: OrderedDict[Key, Context] = OrderedDict()  # least recently used first
+        self._counts: Counter[str] = Counter()  # contexts by link
+        self._row_of: list[list[int]] = [[] for _ in range(slots)]  # by slot, then position mod window
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -58,44 +66,81 @@ class ContextTable:
             self._contexts.move_to_end(key)
         return context
 
-    def append(self, key: Key, start: int, count: int) -> Placement:
-        """Place rows for positions start..start+count-1.
+    def append(self, key: Key, start: int, count: int) -> Placement | None:
+        """Place rows for positions start..start+count-1; None if there is no room for a new context.
 
-        Known positions are skipped. A gap (start beyond the watermark) restarts the context at `start`: what counts is
-        the newest window, and a context row does not depend on the rows before it. So does an append that brings what
-        is missing before the origin and all that is held behind it.
+        Known positions are skipped, and so are those that lie below the window. Rows that end at the lowest position
+        held, or above it, are added below. A gap on top (start beyond the watermark) restarts the context at `start`:
+        what counts is the newest window. So does an append that brings all that is held and more on both sides.
         """
-        context, evicted = self.get(key), None
-        restarted = (
-            context is None
-            or start > context.watermark
-            or (start < context.origin and start + count >= context.watermark)
-        )
+        context, end, evicted = self.get(key), start + count, None
         if context is None:
-            slot, evicted = self._take_slot()
+            taken = self._take_slot(key[0])
+            if taken is None:
+                return None
+            slot, evicted = taken
+            self._row_of[slot] = self._row_of[slot] or [0] * self.window
             context = self._contexts[key] = Context(slot, start, start)
-        elif restarted:
-            context.origin = context.watermark = start
-        end = max(start + count, context.watermark)
-        first = max(context.watermark, end - self.window)
-        context.watermark = end
-        return Placement(context, first, first - start, end - first, restarted, evicted)
+            self._counts[key[0]] += 1
+        elif start <= context.watermark and not (start < context.lowest and end >= context.watermark):
+            return self._below(context, start, end) if start < context.lowest else self._above(context, start, end)
+        context.lowest = context.watermark = start
+        placement = self._above(context, start, end)
+        return replace(placement, restarted=True, evicted=evicted)
 
     def held(self, context: Context) -> int:
-        """How many ring rows are filled."""
-        return min(context.watermark - context.origin, self.window)
+        """How many rows of the slot are filled."""
+        return context.watermark - context.lowest
 
     def free(self, key: Key) -> None:
         """Unknown keys are ignored."""
         context = self._contexts.pop(key, None)
         if context is not None:
+            self._counts[key[0]] -= 1
+            if not self._counts[key[0]]:
+                del self._counts[key[0]]
             self._free.append(context.slot)
 
     def keys(self) -> list[Key]:
         return list(self._contexts)
 
-    def _take_slot(self) -> tuple[int, Key | None]:
+    def _above(self, context: Context, start: int, end: int) -> Placement:
+        first = max(context.watermark, end - self.window)
+        if first > context.watermark:  # nothing that is held stays within the window
+            context.lowest = context.watermark = first
+        end = max(end, first)
+        unfilled = self.window - self.held(context)
+        self._fill(context, first, min(end, first + unfilled))
+        context.watermark = end
+        context.lowest = max(context.lowest, end - self.window)
+        return Placement(context, first, first - start, self._rows(context, first, end))
+
+    def _below(self, context: Context, start: int, end: int) -> Placement:
+        first = max(start, context.watermark - self.window)
+        if end < context.lowest or first >= context.lowest:
+            return Placement(context, context.lowest, 0, [])
+        lowest = context.lowest
+        self._fill(context, first, lowest)
+        context.lowest = first
+        return Placement(context, first, first - start, self._rows(context, first, lowest))
+
+    def _fill(self, context: Context, first: int, end: int) -> None:
+        """Give positions first..end-1 the rows that follow those that are filled."""
+        row_of, held = self._row_of[context.slot], self.held(context)
+        for row, position in enumerate(range(first, end), held):
+            row_of[position % self.window] = row
+
+    def _rows(self, context: Context, first: int, end: int) -> list[int]:
+        row_of = self._row_of[context.slot]
+        return [row_of[position % self.window] for position in range(first, end)]
+
+    def _take_slot(self, link: str) -> tuple[int, Key | None] | None:
+        """A slot for a new context of this link, and whose it was."""
         if self._free:
             return self._free.pop(), None
-        key, context = self._contexts.popitem(last=False)
-        return context.slot, key
+        richest, most = self._counts.most_common(1)[0]
+        if most <= self._counts[link] + 1:
+            return None
+        key = next(key for key in self._contexts if key[0] == richest)
+        self.free(key)
+        return self._free.pop(), key

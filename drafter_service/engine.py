@@ -68,7 +68,8 @@ class DrafterEngine:
         self._busy, self._measured = 0.0, time.monotonic()
         self.drafter_id = drafter_id or f"drafter-{uuid.uuid4().hex[:12]}"
         self._moved: dict[Key, Context] = {}  # whose watermark the current pass moves
-        self._counters: Counter[str] = Counter(asks=0, empty=0, evicted=0, invalid=0)
+        self._turned_away: dict[Key, None] = {}  # in the current pass, for want of room
+        self._counters: Counter[str] = Counter(asks=0, empty=0, evicted=0, turned_away=0, invalid=0)
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="drafter-engine", daemon=True)
@@ -125,7 +126,8 @@ class DrafterEngine:
     @property
     def counters(self) -> dict[str, int]:
         """asks: answered; empty: with no drafts; refused: at once, the queue being full; outdated: repeated or behind a
-        newer ask, not answered; evicted: contexts; invalid: appends that cannot be."""
+        newer ask, not answered; evicted: contexts that gave way to another link's; turned_away: new ones without a
+        place; invalid: appends that cannot be."""
         return {**self._counters, **self._inbox.counters}
 
     def load(self) -> Heartbeat:
@@ -209,6 +211,9 @@ class DrafterEngine:
             self._counters["invalid"] += 1
             return
         placement = self._table.append(key, start, len(features))
+        if placement is None:
+            self._turned_away[key] = None
+            return
         if placement.evicted is not None:
             self._moved.pop(placement.evicted, None)
             self._tell_evicted(placement.evicted)
@@ -223,6 +228,11 @@ class DrafterEngine:
         for (link_id, context_id), context in self._moved.items():
             self._peers[link_id].ack(context_id, context.watermark)
         self._moved.clear()
+        for key in self._turned_away:
+            self._counters["turned_away"] += 1
+            if (peer := self._peers.get(key[0])) is not None:
+                peer.evicted(key[1])
+        self._turned_away.clear()
 
     def _tell_evicted(self, key: Key) -> None:
         self._counters["evicted"] += 1

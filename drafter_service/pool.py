@@ -1,4 +1,4 @@
-"""The context KV: a preallocated pool of slots, each a ring of window rows and room for one block behind it.
+"""The context KV: a preallocated pool of slots, each of window rows with room for one block behind them.
 
 While a block is drafted, its own keys and values stand right behind its context's rows, so that attention reads one
 contiguous stretch and nothing is copied. They are scratch: the next append or draft overwrites them.
@@ -44,13 +44,13 @@ class ContextPool:
 
         Rows of one slot may be staged once per flush: a second time flushes first, so that no row is written twice.
         """
-        context, count = placement.context, placement.count
+        context, count = placement.context, len(placement.rows)
         if context.slot in self._staged_slots or self._staged_rows + count > STAGED_ROWS:
             self.flush()
         if count == 0:
             return
         positions = np.arange(placement.first, placement.first + count)
-        rows = (positions - context.origin) % self.window + self.first_row(context)
+        rows = np.array(placement.rows) + self.first_row(context)
         self._staged.append((rows, positions, features[placement.skip : placement.skip + count]))
         self._staged_slots.add(context.slot)
         self._staged_rows += count

@@ -67,6 +67,7 @@ POLICY = (
     "verifier_service/health.py",
     "verifier_service/plan.py",
     "verifier_service/proposers/patience.py",
+    "verifier_service/proposers/room.py",
     "verifier_service/block_hashes.py",
     "verifier_service/checkpoints.py",
     "verifier_service/prefill_shares.py",

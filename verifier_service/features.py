@@ -109,10 +109,10 @@ class FeatureStore:
         held = self._held.get(key)
         return held.end if held is not None else 0
 
-    def since(self, key: Hashable, start: int) -> tuple[int, list[torch.Tensor]]:
-        """Rows from position `start` (or the oldest held, if that is later) on: first position, pieces in order."""
+    def between(self, key: Hashable, start: int, end: int) -> tuple[int, list[torch.Tensor]]:
+        """Rows of positions start..end-1, as far as they are held: first position, pieces in order."""
         held = self._held.get(key)
-        return held.since(start) if held is not None else (start, [])
+        return held.between(start, end) if held is not None else (start, [])
 
     def forget(self, key: Hashable) -> None:
         held = self._held.pop(key, None)
@@ -178,7 +178,7 @@ class _Held:
             self.bytes -= old.nbytes - self.pieces[0].nbytes
         return before - self.bytes
 
-    def since(self, start: int) -> tuple[int, list[torch.Tensor]]:
+    def between(self, start: int, end: int) -> tuple[int, list[torch.Tensor]]:
         start = max(start, self.first)
         wanted: list[torch.Tensor] = []
         at = self.end
@@ -186,5 +186,6 @@ class _Held:
             if at <= start:
                 break
             at -= piece.shape[0]
-            wanted.append(piece if at >= start else piece[start - at :])
+            if at < end:
+                wanted.append(piece[max(0, start - at) : end - at])
         return start, wanted[::-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -118,26 +119,45 @@ def test_fewer_rows_are_a_forward_of_so_many_rows(engine, peer):
     assert few.confidence != pytest.approx(many.confidence[:2], rel=1e-3)
 
 
-def test_the_least_recently_used_context_is_evicted_with_notice(engine, peer):
-    for name in "abc":
+def test_a_context_too_many_is_turned_away_with_one_notice_and_may_come_again(engine, peer):
+    for name in "abcd":
         engine.append(peer, name, 0, features(CONTEXT))
-    ask_for(engine, peer, "a", CONTEXT - 1)
-    engine.append(peer, "d", 0, features(CONTEXT))
+    engine.append(peer, "d", CONTEXT, features(1))
     engine.run_once()
-    assert peer.gone == ["b"]
-    assert ask_for(engine, peer, "b", CONTEXT).token_ids == ()
+    assert [name for name, _ in peer.acks] == ["a", "b", "c"]
+    assert peer.gone == ["d"]
+    assert ask_for(engine, peer, "d", CONTEXT).token_ids == ()
+    engine.close_contexts(peer, ["b", "d"])
+    engine.append(peer, "d", 0, features(CONTEXT))
     for name in "acd":
         assert ask_for(engine, peer, name, CONTEXT).token_ids
 
 
-def test_an_evicted_context_can_be_appended_again(engine, peer):
-    for name in "abcd":
+def test_a_second_verifier_gets_its_share_of_a_full_drafter_with_notice_to_the_first(engine, peer):
+    other = RecordingPeer("other")
+    engine.linked(other)
+    for name in "abc":
         engine.append(peer, name, 0, features(CONTEXT))
+    ask_for(engine, peer, "a", CONTEXT - 1)
+    for name in "xyz":
+        engine.append(other, name, 0, features(CONTEXT))
     engine.run_once()
-    assert [name for name, _ in peer.acks] == ["b", "c", "d"]
-    engine.append(peer, "a", 0, features(CONTEXT))
-    assert ask_for(engine, peer, "a", CONTEXT).token_ids
-    assert peer.gone == ["a", "b"]
+    assert (peer.gone, other.gone) == (["b"], ["y", "z"])
+    assert ask_for(engine, other, "x", CONTEXT).token_ids
+    for name in "ac":
+        assert ask_for(engine, peer, name, CONTEXT).token_ids
+    engine.lost(other)
+
+
+def test_a_context_that_comes_newest_first_drafts_at_once_and_in_the_end_as_if_it_had_come_in_order(engine, peer):
+    rows = features(CONTEXT)
+    engine.append(peer, "a", CONTEXT - 6, rows[-6:])
+    assert_same(ask_for(engine, peer, "a", CONTEXT), drafted_once(engine, peer, rows[-6:], CONTEXT - 6))
+    more = features(3, seed=4)
+    engine.append(peer, "a", 9, rows[9 : CONTEXT - 6])
+    engine.append(peer, "a", CONTEXT, more)
+    engine.append(peer, "a", 0, rows[:9])
+    assert_same(ask_for(engine, peer, "a", CONTEXT + 3), drafted_once(engine, peer, torch.cat([rows, more])))
 
 
 def test_a_lost_verifier_frees_its_contexts_and_nobody_elses(engine, peer):

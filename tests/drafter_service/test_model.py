@@ -16,6 +16,7 @@ from drafter_service.pool import ContextPool
 from modeling.dflash import DFlashConfig, DraftCheckpointError, read_weights
 from tests.drafter_service import paper
 from tests.drafter_service.pairs import BLOCK, FULL, HIDDEN, SLIDING, draft_config, write_checkpoint, write_drafter
+from tests.drafter_service.test_context import placed
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -46,7 +47,7 @@ def served(drafter: Path, attend: Any, blocks: list[tuple[int, torch.Tensor, tor
     where = []
     with torch.inference_mode():
         for i, (first, features, embeddings, base) in enumerate(blocks):
-            placement = table.append(("link", str(i)), first, len(features))
+            placement = placed(table, ("link", str(i)), first, len(features))
             pool.stage(placement, features)
             context, stale = placement.context, first + len(features) > base
             where.append(Block(pool.first_row(context), table.held(context), base, len(embeddings), stale))
@@ -106,8 +107,9 @@ def test_no_row_of_the_pool_is_written_twice_in_one_go(tmp_path: Path, monkeypat
     table, pool = ContextTable(2, 8), ContextPool(model, 2, 8)
     written: list[list[int]] = []
     monkeypatch.setattr(pool, "_write", lambda rows, positions, features: written.append(rows.tolist()))
-    for name, start, count in (("a", 0, 6), ("b", 0, 2), ("a", 6, 6), ("b", 9, 2), ("c", 0, 3)):
-        pool.stage(table.append(("link", name), start, count), torch.zeros(count, HIDDEN))
+    one, two, other = ("link", "a"), ("link", "b"), ("other", "a")  # the last one takes a slot of the first link
+    for key, start, count in ((one, 0, 6), (two, 0, 2), (one, 6, 6), (two, 9, 2), (other, 0, 3)):
+        pool.stage(placed(table, key, start, count), torch.zeros(count, HIDDEN))
     pool.flush()
     assert [len(rows) for rows in written] == [8, 8, 3]
     assert all(len(rows) == len(set(rows)) for rows in written)
@@ -121,12 +123,12 @@ def test_features_that_were_no_numbers_leave_nothing_in_their_slot(tmp_path: Pat
     table, pool = ContextTable(2, 32), ContextPool(model, 2, 32)
     long, short, embeddings = torch.randn(20, HIDDEN), torch.randn(3, HIDDEN), torch.randn(BLOCK, HIDDEN)
     with torch.inference_mode():
-        pool.stage(table.append(("bad", "a"), 0, 20), torch.full((20, HIDDEN), float("nan")))
+        pool.stage(placed(table, ("bad", "a"), 0, 20), torch.full((20, HIDDEN), float("nan")))
         pool.flush()
         table.free(("bad", "a"))
         blocks = []
         for name, features in ("short", short), ("long", long):
-            placement = table.append(("good", name), 0, len(features))
+            placement = placed(table, ("good", name), 0, len(features))
             pool.stage(placement, features)
             base = len(features)
             blocks.append(Block(pool.first_row(placement.context), base, base, BLOCK, False))
@@ -148,7 +150,7 @@ def test_half_precision_is_close(tmp_path: Path, dtype: torch.dtype) -> None:
     table, pool = ContextTable(1, 32), ContextPool(model, 1, 32)
     features, embeddings = torch.randn(9, HIDDEN), torch.randn(BLOCK, HIDDEN)
     with torch.inference_mode():
-        pool.stage(table.append(("link", "a"), 0, 9), features)
+        pool.stage(placed(table, ("link", "a"), 0, 9), features)
         pool.flush()
         places = torch.arange(9, 9 + BLOCK)
         attend = AttendEach(model, pool, [Block(0, 9, 9, BLOCK, False)], places)

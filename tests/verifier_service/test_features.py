@@ -16,8 +16,8 @@ def rows(start: int, count: int) -> torch.Tensor:
     return torch.stack([positions, -positions], dim=1)
 
 
-def read(store: FeatureStore, key: str, start: int = 0) -> tuple[int, list[int]]:
-    first, pieces = store.since(key, start)
+def read(store: FeatureStore, key: str, start: int = 0, end: int = 1 << 30) -> tuple[int, list[int]]:
+    first, pieces = store.between(key, start, end)
     return first, [int(row[0]) for piece in pieces for row in piece]
 
 
@@ -40,6 +40,7 @@ def test_the_newest_window_is_there_and_bytes_are_bounded(window: int, puts: lis
         assert store.bytes <= limit * ROW
         middle = (first + store.end(key)) // 2
         assert read(store, key, middle) == (middle, list(range(middle, store.end(key))))
+        assert read(store, key, first + 1, middle)[1] == list(range(first + 1, middle))
     for key in "ab":
         store.forget(key)
     assert store.bytes == 0
@@ -75,7 +76,7 @@ def test_a_small_part_of_a_large_tensor_does_not_keep_it_alive():
     step = rows(0, 100)
     store.put("small", 0, step[:2], 100)
     store.put("large", 0, step, 100)
-    (small,), (large,) = store.since("small", 0)[1], store.since("large", 0)[1]
+    (small,), (large,) = store.between("small", 0, 2)[1], store.between("large", 0, 100)[1]
     assert small.untyped_storage().nbytes() == 2 * ROW
     assert large.data_ptr() == step.data_ptr()
     assert read(store, "small") == (0, [0, 1])

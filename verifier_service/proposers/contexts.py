@@ -1,7 +1,12 @@
-"""Requests as the drafter knows them: whose context features are sent, and up to which position."""
+"""Requests as the drafter knows them: whose context features are sent, and of which positions.
+
+New features follow each step. A context that the drafter knows nothing of any more is sent from the store, the newest
+features first: drafts can begin at once, and get better as the older ones come, so many rows a step.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +17,12 @@ import torch
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAsk
 from verifier_service.features import FeatureStore
+from verifier_service.proposers.room import Room
 from verifier_service.sequence import Key, Progress, RunningRequest
 
 UNSENT_BYTES = 8 << 20  # while so much waits for the drafter, features go to the store only and are caught up later
+NEWEST_ROWS = 256  # of a context that is sent again, and of each piece that follows
+REBUILD_ROWS = 2048  # from the store in one step, of all contexts
 
 
 class Fuser(Protocol):
@@ -33,7 +41,7 @@ class Fuser(Protocol):
 class Context:
     """One request. limit: drafts it may be asked for; 0 = none, and nothing is sent.
 
-    placed: the drafter has room for it. sent: features below this position were sent in this epoch.
+    placed: the drafter has room for it. sent: features of positions lowest..sent-1 were sent in this epoch.
     asked: the ask that is not answered yet, or None.
     """
 
@@ -41,14 +49,16 @@ class Context:
     context_id: str
     limit: int
     placed: bool = False
+    lowest: int = 0
     sent: int = 0
     asked: DraftAsk | None = None
 
 
 class Contexts:
-    """All of one proposer's, oldest first. At most as many as the drafter holds have a place with it: the oldest ones.
+    """All of one proposer's, oldest first. At most as many as the drafter has room for have a place with it.
 
-    More would evict each other and be sent over and over; the others decode plainly until a place is free.
+    More would evict each other and be sent over and over; the others decode plainly until a place is free. Those that
+    it turns away wait behind the others.
     window: features kept per request while no drafter has named its own.
     """
 
@@ -56,12 +66,13 @@ class Contexts:
         self._link, self._fuser, self._store = link, fuser, store
         self._verifier_id = verifier_id
         self._window = window
-        self._capacity = 0  # places; 0 = unknown
+        self._room = Room()
         self._taken = 0
         self._held: dict[Key, Context] = {}
         self._by_id: dict[str, Context] = {}
         self._unplaced: dict[Context, None] = {}  # an ordered set
         self._lagging: set[Context] = set()
+        self._incomplete: dict[Context, None] = {}  # older features are missing; an ordered set
         self.tokens_sent = 0
 
     def of(self, sequence: RunningRequest) -> Context:
@@ -74,22 +85,29 @@ class Contexts:
     def new_epoch(self, state: LinkState) -> None:
         """Nothing that was sent before is there."""
         self._window = state.window or self._window
-        self._capacity = state.capacity_contexts
+        self._room.begin(state.capacity_contexts)
         self._taken = 0
         self._unplaced.clear()
         self._lagging.clear()
+        self._incomplete.clear()
         for context in self._held.values():
             context.placed = False
             if context.limit:
                 self._unplaced[context] = None
-            self.restart(context)
+            context.sent, context.asked = 0, None
         self._place()
 
-    def restart(self, context: Context) -> None:
-        """Nothing of this one is there any more."""
+    def turned_away(self, context: Context) -> None:
+        """The drafter holds nothing of this one, for want of room: it loses its place."""
         context.sent, context.asked = 0, None
-        if context.placed and self._store.end(context.sequence.key):
-            self._lagging.add(context)
+        self._lagging.discard(context)
+        self._incomplete.pop(context, None)
+        if context.placed:
+            context.placed = False
+            self._taken -= 1
+            self._unplaced[context] = None
+            self._room.turned_away(self._taken, time.monotonic())
+            self._link.close_contexts([context.context_id])  # what is on its way to the drafter is in vain
 
     def forget(self, sequences: Sequence[RunningRequest]) -> list[Context]:
         """These requests are over; their contexts, where there were any."""
@@ -101,6 +119,7 @@ class Contexts:
                 gone.append(context)
                 del self._by_id[context.context_id]
                 self._lagging.discard(context)
+                self._incomplete.pop(context, None)
                 self._unplaced.pop(context, None)
                 self._taken -= context.placed
         # What was not sent in this epoch may still be known by its asks.
@@ -152,12 +171,13 @@ class Contexts:
 
     def catch_up(self) -> None:
         """Send lagging contexts what the store has, as fast as the drafter takes it in."""
-        while self._lagging and self._link.queued_bytes < UNSENT_BYTES:
-            context = self._lagging.pop()
-            start, pieces = self._store.since(context.sequence.key, context.sent)
-            if pieces:
-                rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                self._append(context, start, rows.shape[0], rows)
+        if self._unplaced:
+            self._place()
+        left = REBUILD_ROWS
+        while self._lagging and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
+            left -= self._send_newest(self._lagging.pop())
+        while self._incomplete and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
+            left -= self._send_older(next(iter(self._incomplete)))
 
     def _keep(self, sequence: RunningRequest, start: int, rows: torch.Tensor, old: int) -> None:
         """The first `old` rows lie before the window; of them only those of a block that is not full yet are kept."""
@@ -194,7 +214,8 @@ class Contexts:
 
     def _place(self) -> None:
         """Give free places to the oldest that have none."""
-        while self._unplaced and (not self._capacity or self._taken < self._capacity):
+        now = time.monotonic()
+        while self._unplaced and self._room.has_place(self._taken, now):
             context = next(iter(self._unplaced))
             del self._unplaced[context]
             context.placed = True
@@ -212,10 +233,38 @@ class Contexts:
             rows, start, count = rows[context.sent - start :], context.sent, start + count - context.sent
         self._append(context, start, count, rows)
 
+    def _send_newest(self, context: Context) -> int:
+        """What follows the features that were sent, or the newest if there are none. Returns the number of rows."""
+        end = self._store.end(context.sequence.key)
+        if context.sent:
+            return self._send_stored(context, context.sent, end)
+        count = self._send_stored(context, end - NEWEST_ROWS, end)
+        context.lowest = end - count
+        self._incomplete[context] = None
+        return count
+
+    def _send_older(self, context: Context) -> int:
+        """A piece below what was sent. Returns the number of rows."""
+        end = context.lowest
+        oldest = max(self._store.first(context.sequence.key), context.sent - self._window)
+        count = self._send_stored(context, max(oldest, end - NEWEST_ROWS), end) if oldest < end else 0
+        context.lowest = end - count
+        if context.lowest <= oldest:
+            del self._incomplete[context]
+        return count
+
+    def _send_stored(self, context: Context, start: int, end: int) -> int:
+        start, pieces = self._store.between(context.sequence.key, start, end)
+        if not pieces:
+            return 0
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        self._append(context, start, rows.shape[0], rows)
+        return rows.shape[0]
+
     def _append(self, context: Context, start: int, count: int, rows: torch.Tensor) -> None:
         self._link.append(context.context_id, start, rows)
         self.tokens_sent += count
-        context.sent = start + count
+        context.sent = max(context.sent, start + count)
 
 
 def _ranges(firsts: list[int], counts: list[int]) -> torch.Tensor:

@@ -160,7 +160,7 @@ class LinkProposer:
             self._late.clear()
         for context_id in self._link.evicted():
             if (lost := self._contexts.named(context_id)) is not None:
-                self._contexts.restart(lost)
+                self._contexts.turned_away(lost)
                 self._late.discard(lost)
 
     def _most(self, state: LinkState, ready: bool) -> int:
