@@ -71,6 +71,7 @@ class Delta(msgspec.Struct, frozen=True):
 
     A stop token is part of token_ids. accepted: how many of token_ids were drafts; drafted: how many were verified.
     error: for a person; error_kind: who can act: "request" (the client), "overloaded" (later), "engine" (elsewhere).
+    cached: prompt tokens that were found in the prefix cache; told with a request's first tokens, 0 afterwards.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class Delta(msgspec.Struct, frozen=True):
     finish: str | None = None
     error: str | None = None
     error_kind: str | None = None
+    cached: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):

@@ -42,6 +42,7 @@ class Emission:
                 None if wanted is None else _logprobs(p, logits, wanted),
                 p.finish,
                 NOT_FINITE if p.finish == "error" else None,
+                cached=_cached(p) if sequence.cached else 0,
             )
             deltas = by_sink.get(sequence.sink)
             if deltas is None:
@@ -50,6 +51,13 @@ class Emission:
                 deltas.append(delta)
         for sink, deltas in by_sink.items():
             sink(deltas)
+
+
+def _cached(progress: Progress) -> int:
+    """With a request's first new tokens only; after a preemption it may enter with some of its output as well."""
+    sequence = progress.sequence
+    first = sequence.generated - len(progress.token_ids) == len(sequence.request.generated_ids)
+    return min(sequence.cached, sequence.prompt_tokens) if first else 0
 
 
 def _logprobs(progress: Progress, logits: torch.Tensor, top: int) -> tuple[TokenLogprobs, ...]:

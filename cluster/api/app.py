@@ -121,7 +121,8 @@ async def _respond(
     response_id = f"{prefix}-{secrets.token_hex(16)}"
     choices = core.plan(asked, prompts, response_id, _salt(request))
     core.metrics.prompt_tokens.inc(prompts.tokens)
-    answer = Answer(response_id, int(time.time()), asked.model, objects, shape, Usage(prompts.tokens), asked)
+    usage = Usage(prompts.tokens, asked.n)
+    answer = Answer(response_id, int(time.time()), asked.model, objects, shape, usage, asked)
     return await respond(answer, core.generate(choices), request.receive)
 
 

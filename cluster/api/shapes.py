@@ -11,9 +11,14 @@ from cluster.api.text import LoggedToken, Piece
 
 @dataclass
 class Usage:
-    """Tokens of a request so far. Drafts that were accepted are part of the completion, refused ones are not."""
+    """Tokens of a request so far. Drafts that were accepted are part of the completion, refused ones are not.
+
+    choices_per_prompt: n of the request. A prompt counts once, and so does what was cached of it before its first
+    choice.
+    """
 
     prompt_tokens: int
+    choices_per_prompt: int = 1
     choices: dict[int, Piece] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
@@ -26,6 +31,9 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(p.cached for p in pieces if p.choice % self.choices_per_prompt == 0)
+            },
             "completion_tokens_details": {
                 "accepted_prediction_tokens": sum(piece.accepted for piece in pieces),
                 "rejected_prediction_tokens": sum(piece.rejected for piece in pieces),

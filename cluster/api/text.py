@@ -25,6 +25,7 @@ class Piece:
     """What one step adds to a choice. finish: None, "stop" or "length"; nothing follows a piece that has one.
 
     generated, accepted, rejected: tokens of the choice so far: all, those that were drafts, drafts that were refused.
+    cached: tokens of its prompt that were found in the engine's prefix cache.
     """
 
     choice: int
@@ -34,6 +35,7 @@ class Piece:
     accepted: int
     rejected: int
     logged: tuple[LoggedToken, ...] = ()
+    cached: int = 0
 
 
 @dataclass
@@ -52,6 +54,7 @@ class ChoiceText:
     finished: bool = False
     accepted: int = 0
     rejected: int = 0
+    cached: int | None = None
 
     def __post_init__(self) -> None:
         self._detokenizer = Detokenizer(self.tokens)
@@ -63,6 +66,8 @@ class ChoiceText:
     def take(self, delta: Delta) -> Piece:
         """Tokens after a completed stop string do not count: the same tokens count whatever the size of the steps."""
         shown, kept = "", 0
+        if self.cached is None and delta.token_ids:
+            self.cached = delta.cached
         for index, token_id in enumerate(delta.token_ids):
             kept += 1
             self.generated_ids.append(token_id)
@@ -108,7 +113,8 @@ class ChoiceText:
         # A token's log probabilities go out with the last of its characters; at the end, with the first.
         while self._waiting and (self._waiting[0][0] <= self._shown or self._is_visible(self._waiting[0][1])):
             logged.append(self._waiting.popleft()[1])
-        return Piece(self.choice, text, finish, len(self.generated_ids), self.accepted, self.rejected, tuple(logged))
+        counts = (len(self.generated_ids), self.accepted, self.rejected)
+        return Piece(self.choice, text, finish, *counts, tuple(logged), self.cached or 0)
 
     def _is_visible(self, token: LoggedToken) -> bool:
         return self.finished and (token.offset < self._shown or not self._cutter.stopped)

@@ -166,6 +166,17 @@ def test_the_accepted_and_drafted_counts_of_deltas_add_up(running):
     assert sum(delta.drafted for delta in inbox.deltas["a"]) == counters["drafted_tokens"]
 
 
+def test_the_first_delta_tells_how_much_of_the_prompt_was_cached(running):
+    engine = running(make_engine(proposer=Guesser(0.6)))
+    inbox = Inbox()
+    for name in ("a", "b"):
+        engine.submit(request(name, prompt_ids=tuple(range(13))), inbox)
+        inbox.wait(name)
+    assert [delta.cached for delta in inbox.deltas["a"] if delta.cached] == []
+    assert [delta.cached for delta in inbox.deltas["b"] if delta.token_ids][:1] == [12]
+    assert sum(delta.cached for delta in inbox.deltas["b"]) == 12
+
+
 def test_a_resumed_request_goes_on_where_it_was(running):
     engine = running(make_engine(proposer=Guesser(0.5)))
     whole = expected("a", output=12)

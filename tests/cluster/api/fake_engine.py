@@ -43,6 +43,7 @@ class FakeEngine:
         self.end_id = end_id
         self.steps: Sequence[int] = (1, 3, 2)
         self.drafted = 4
+        self.cached: Sequence[int] = (0,)  # prompt tokens found in the cache, by choice
         self.secret = ""
         self.pause_after: int | None = None
         self.refusal: dict[str, Any] | None = None
@@ -132,7 +133,9 @@ class FakeEngine:
             ended = bool(stops)
             finish = "stop" if ended else "length" if at >= request.max_new_tokens else None
             drafted = self.drafted if len(ids) > 1 else 0
-            yield Delta(*who, ids, len(ids) - 1 if drafted else 0, drafted, self._logprobs(request, ids), finish)
+            cached = self.cached[request.choice % len(self.cached)] if at == len(ids) else 0
+            accepted = len(ids) - 1 if drafted else 0
+            yield Delta(*who, ids, accepted, drafted, self._logprobs(request, ids), finish, cached=cached)
             if finish is not None or at >= min(limit, len(self.answer)):
                 return
 

@@ -118,6 +118,14 @@ def test_ends_of_generation_are_the_clients_to_choose(served, engine, answer_ids
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_usage_tells_how_much_of_a_prompt_was_cached_before_its_first_choice(served, engine):
+    engine.cached = (3, 7)
+    answer = served.client().completions.create(model=MODEL, prompt="def f", n=2)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    answer = served.client().chat.completions.create(model=MODEL, messages=MESSAGES)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
 def test_usage_may_be_told_all_along(served):
     options = {"include_usage": True, "continuous_usage_stats": True}
     stream = served.client().completions.create(model=MODEL, prompt="a", stream=True, stream_options=options)
