@@ -5,10 +5,12 @@ Shapes are those of the loader's own empty model, divided by the loader's own sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from modeling.families import ShardMap
+from modeling.quantized.scheme import QuantScheme
 from modeling.target_config import TargetConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the tensor's name in the text model (`layers.0.mlp.down_proj.weight`)
@@ -17,7 +19,7 @@ Storage = Callable[[str, tuple[int, ...]], int]  # (name, a rank's shape of it) 
 PARTS = ("embedding", "attention", "GDN", "experts", "shared experts", "router", "MLP", "norms", "head")
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what families call the number of routed experts
-_STATE_BYTES = 4  # recurrent memory is kept in float32
+_FLOAT32 = 4  # bytes; recurrent memory is kept so
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ class Part:
 
 @dataclass(frozen=True)
 class CacheFootprint:
-    """token_bytes: of a token's keys and values (latents, with MLA) on one rank, all layers. copies: ranks that hold
-    the same ones. state_bytes: of a request's recurrent state on one rank; state_total_bytes: on all ranks together.
+    """Of one rank, all layers. token_bytes: keys and values (latents, with MLA) of a token; copies: ranks that hold
+    the same ones. attended_flops: of a query's attention to one earlier token. state_bytes: a request's recurrent
+    state; state_total_bytes: on all ranks together. replay_bytes: what a verify keeps of a token until its commit.
     """
 
     token_bytes: int
     copies: int
     latent: bool
     layers: int
+    attended_flops: int
     state_bytes: int
     state_total_bytes: int
+    replay_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,13 @@ class RoutedExperts:
         An upper bound: real routing is skewed, and neighbouring tokens share experts.
         """
         return self.count * (1.0 - (1.0 - self.per_token / self.count) ** tokens)
+
+
+def storage_of(scheme: QuantScheme | None, itemsize: int) -> Storage:
+    """Matrices packed as the scheme says (they stay so in memory), all else with `itemsize` bytes an entry."""
+    if scheme is None:
+        return lambda name, shape: math.prod(shape) * itemsize
+    return lambda name, shape: scheme.bytes(name, shape, itemsize)
 
 
 def part_of(name: str) -> str:
@@ -90,7 +102,7 @@ def held_parts(shapes: Shapes, shards: ShardMap, size: int, storage: Storage) ->
     for name, shape in shapes.items():
         held = shards.of(name).part_shape(shape, 0, size)
         total = totals[part_of(name)]
-        for index, amount in enumerate((_count(shape), _count(held), storage(name, held))):
+        for index, amount in enumerate((math.prod(shape), math.prod(held), storage(name, held))):
             total[index] += amount
     return tuple(Part(name, *total) for name, total in totals.items() if total[0])
 
@@ -109,34 +121,47 @@ def active_parameters(parts: tuple[Part, ...], experts: RoutedExperts | None) ->
 
 def cache_footprint(config: TargetConfig, shapes: Shapes, shards: ShardMap, size: int, itemsize: int) -> CacheFootprint:
     """itemsize: bytes of an element of the cache (the target's dtype; recurrent memory is float32 always)."""
-    keys = dict(_held(shapes, shards, size, "self_attn.k_proj.weight"))
-    values = dict(_held(shapes, shards, size, "self_attn.v_proj.weight"))
-    latents = dict(_held(shapes, shards, size, "self_attn.kv_a_proj_with_mqa.weight"))
-    width = sum(rows for rows, *_ in (*keys.values(), *values.values(), *latents.values()))
+
+    def held(suffix: str) -> list[tuple[int, ...]]:
+        return [shards.of(name).part_shape(shape, 0, size) for name, shape in shapes.items() if name.endswith(suffix)]
+
+    latents = held("self_attn.kv_a_proj_with_mqa.weight")
+    cached = [*held("self_attn.k_proj.weight"), *held("self_attn.v_proj.weight"), *latents]
+    outputs = sum(width for _, width in held("self_attn.o_proj.weight"))  # query heads x head_dim
     kv_heads = config.integer("num_key_value_heads", config.integer("num_attention_heads"))
-    copies = size if latents else max(1, size // kv_heads)
-    state, states = (_state_bytes(config, shapes, shards, ranks, itemsize) for ranks in (size, 1))
-    return CacheFootprint(width * itemsize, copies, bool(latents), len(keys) + len(latents), state, states)
+    states = [_state(config, shapes, shards, ranks, itemsize) for ranks in (size, 1)]
+    return CacheFootprint(
+        token_bytes=sum(rows for rows, _ in cached) * itemsize,
+        copies=size if latents else max(1, size // kv_heads),
+        latent=bool(latents),
+        layers=len(held("self_attn.o_proj.weight")),
+        attended_flops=_latent_flops(config, outputs) if latents else 4 * outputs,
+        state_bytes=states[0][0],
+        state_total_bytes=states[1][0],
+        replay_bytes=states[0][1],
+    )
 
 
-def _state_bytes(config: TargetConfig, shapes: Shapes, shards: ShardMap, size: int, itemsize: int) -> int:
-    """Convolution windows and memory of all Gated DeltaNet layers, of one of `size` ranks."""
-    total = 0
-    for _, (channels, _, kernel) in _held(shapes, shards, size, "linear_attn.conv1d.weight"):
-        total += channels * (kernel - 1) * itemsize
-    for _, (heads,) in _held(shapes, shards, size, "linear_attn.A_log"):
-        total += heads * config.integer("linear_key_head_dim") * config.integer("linear_value_head_dim") * _STATE_BYTES
-    return total
+def _latent_flops(config: TargetConfig, outputs: int) -> int:
+    """Scores against latent and rotary part, then the weighted sum of latents, of every head."""
+    latent, rotary = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
+    return 2 * outputs // config.integer("v_head_dim") * (2 * latent + rotary)
 
 
-def _held(shapes: Shapes, shards: ShardMap, size: int, suffix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _state(config: TargetConfig, shapes: Shapes, shards: ShardMap, size: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of all Gated DeltaNet layers on one of `size` ranks: (a request's state, a verified token's inputs).
+
+    A state is convolution window and memory; of a token are kept the convolution's input, key, value and decay.
+    """
+    state = replay = 0
     for name, shape in shapes.items():
-        if name.endswith(suffix):
-            yield name, shards.of(name).part_shape(shape, 0, size)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+        if name.endswith("linear_attn.conv1d.weight"):
+            channels, _, kernel = shards.of(name).part_shape(shape, 0, size)
+            state += channels * (kernel - 1) * itemsize
+            replay += channels * itemsize
+        elif name.endswith("linear_attn.A_log"):
+            (heads,) = shards.of(name).part_shape(shape, 0, size)
+            key, value = config.integer("linear_key_head_dim"), config.integer("linear_value_head_dim")
+            state += heads * key * value * _FLOAT32
+            replay += heads * (key + value + 1) * _FLOAT32
+    return state, replay

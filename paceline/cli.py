@@ -10,6 +10,7 @@ import typer
 # name -> (module, its typer app, help). `--help` shows them without importing any.
 COMMANDS = {
     "serve": ("paceline.serve", "Serve a deploy file on this machine or on a Ray cluster."),
+    "plan": ("paceline.plan.cli", "Say what a deploy file needs and gives, without weights and GPUs."),
     "bench": ("paceline.bench.cli", "Measure engines and servers."),
     "replay": ("paceline.replay", "Run an engine's last steps before a crash again."),
     "train": ("paceline.train", "Train drafters."),

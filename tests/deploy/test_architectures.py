@@ -14,8 +14,7 @@ from deploy.checks import checked
 from deploy.config import Application
 from modeling.dflash_config import DFlashConfig
 from modeling.families import FAMILIES, shard_map
-from modeling.footprint import active_parameters, held_parts, routed_experts
-from modeling.storage import plain
+from modeling.footprint import active_parameters, held_parts, routed_experts, storage_of
 from modeling.target_config import read_target_config
 from verifier_service.model.touchpoints import text_shapes
 
@@ -50,7 +49,7 @@ def test_a_target_has_as_many_parameters_as_its_name_says(name):
     if config.model_type not in FAMILIES:
         pytest.skip(f"{config.model_type} is not served yet")
     shapes = text_shapes(config)
-    parts = held_parts(shapes, shard_map(config, 1), 1, plain(2))
+    parts = held_parts(shapes, shard_map(config, 1), 1, storage_of(None, 2))
     total, active = billions_called(name)
     assert sum(part.parameters for part in parts) == sum(math.prod(shape) for shape in shapes.values())
     assert agrees(sum(part.parameters for part in parts), total)

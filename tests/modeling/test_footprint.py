@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 
 from modeling.families import shard_map
-from modeling.footprint import RoutedExperts, cache_footprint, held_parts, part_of
-from modeling.storage import plain, storage_of
+from modeling.footprint import RoutedExperts, cache_footprint, held_parts, part_of, storage_of
+from modeling.quantized.scheme import scheme_of
 from modeling.target_config import TargetConfig, read_target_config
 from verifier_service.model.touchpoints import text_shapes
 
@@ -22,16 +21,11 @@ def config_of(name: str) -> TargetConfig:
     return read_target_config(SHIPPED / f"{name}.json")
 
 
-def rank_bytes(name: str, size: int, quantization: dict | None = None) -> dict[str, int]:
+def rank_bytes(name: str, size: int, *, packed: bool) -> dict[str, int]:
     config = config_of(name)
-    _, storage = storage_of(quantization, 2)
-    parts = held_parts(text_shapes(config), shard_map(config, size), size, storage)
+    scheme = scheme_of(config) if packed else None
+    parts = held_parts(text_shapes(config), shard_map(config, size), size, storage_of(scheme, 2))
     return {part.name: part.rank_bytes for part in parts}
-
-
-def quantization_of(name: str) -> dict:
-    raw = json.loads((SHIPPED / f"{name}.json").read_text())
-    return raw.get("quantization_config") or raw["text_config"]["quantization_config"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def test_what_all_ranks_hold_is_the_target_and_the_copies_of_what_is_replicated(
             for rank in range(size)
             for name, shape in shapes.items()
         )
-        parts = held_parts(shapes, shards, size, plain(4))
+        parts = held_parts(shapes, shards, size, storage_of(None, 4))
         copies = sum(math.prod(shape) for name, shape in shapes.items() if shards.of(name).dim is None)
         assert held == sum(part.parameters for part in parts) + (size - 1) * copies
         assert sum(part.rank_bytes for part in parts) * size == held * 4
@@ -96,32 +90,23 @@ def test_a_recurrent_state_of_the_397b_is_189_mb():
 
 
 def test_fp8_halves_what_it_converts_and_nothing_else():
-    plain_bytes = rank_bytes("qwen3.5-397b-a17b", 8)
-    fp8 = rank_bytes("qwen3.5-397b-a17b-fp8", 8, quantization_of("qwen3.5-397b-a17b-fp8"))
+    plain_bytes, fp8 = (rank_bytes("qwen3.5-397b-a17b-fp8", 8, packed=packed) for packed in (False, True))
     assert fp8["experts"] == pytest.approx(plain_bytes["experts"] / 2, rel=1e-3)
     assert fp8["attention"] == pytest.approx(plain_bytes["attention"] / 2, rel=1e-2)
     assert all(fp8[part] == plain_bytes[part] for part in ("embedding", "head", "norms", "router"))
 
 
 def test_kimis_experts_take_half_a_byte_and_their_scales():
-    config = config_of("kimi-k2.5")
-    packed = rank_bytes("kimi-k2.5", 1, quantization_of("kimi-k2.5"))
-    unpacked = rank_bytes("kimi-k2.5", 1)
+    unpacked, packed = (rank_bytes("kimi-k2.5", 1, packed=packed) for packed in (False, True))
     assert packed["experts"] == 60 * 384 * 3 * 7168 * 2048 * (0.5 + 2 / 32)
     assert all(packed[part] == unpacked[part] for part in packed if part != "experts")
     assert sum(packed.values()) == pytest.approx(595e9, rel=0.01)  # the published files are 554 GiB with the tower
-    assert config.text["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
 def test_gpt_oss_packs_its_experts_only():
-    packed, unpacked = rank_bytes("gpt-oss-120b", 1, quantization_of("gpt-oss-120b")), rank_bytes("gpt-oss-120b", 1)
+    unpacked, packed = (rank_bytes("gpt-oss-120b", 1, packed=packed) for packed in (False, True))
     assert packed["experts"] == pytest.approx(unpacked["experts"] * 4.25 / 16, rel=1e-2)
     assert packed["attention"] == unpacked["attention"]
-
-
-def test_an_unknown_quantization_is_refused():
-    with pytest.raises(ValueError, match="'awq' is not known: fp8, mxfp4"):
-        storage_of({"quant_method": "awq"}, 2)
 
 
 def test_more_tokens_touch_more_experts_but_never_more_than_there_are():

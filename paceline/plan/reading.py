@@ -1,0 +1,156 @@
+"""Collects what a plan is worked out from: the deploy file, the configurations of its two models, its GPUs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import ConfigError
+from deploy.architecture import check_architecture, shipped, shipped_names
+from deploy.checks import find_directory, fitting
+from deploy.config import Application
+from deploy.file import parse_deploy_file
+from drafter_service.config import DrafterSettings
+from modeling.dflash_config import DFlashConfig
+from modeling.errors import CheckpointError
+from modeling.footprint import storage_of
+from modeling.quantized.scheme import scheme_of
+from modeling.target_config import configuration_file, read_target_config
+from paceline.plan.gpus import Gpu, gpu_named, gpu_of_bundle
+from paceline.plan.memory import DTYPE_BYTES, DrafterModel, TargetModel, drafter_model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the file; None = what the file says."""
+
+    gpu: str | None = None
+    drafter_gpu: str | None = None
+    architecture: str | None = None
+    drafter_architecture: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's configuration was read, and what of it is assumed rather than published."""
+
+    path: str
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafter and how it is run. settings: in mode colocated those that follow from the verifier's."""
+
+    config: DFlashConfig
+    model: DrafterModel
+    settings: DrafterSettings
+    window: int
+    source: Source
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """gpu: of the ranks; None = unknown, or device cpu. draft: None for plain decoding."""
+
+    application: Application
+    target: TargetModel
+    source: Source
+    gpu: Gpu | None
+    draft: Draft | None
+
+
+def read_inputs(path: Path, options: Options) -> Inputs:
+    """Raises ConfigError: the file, its checkpoints' configurations or the options cannot work."""
+    application = parse_deploy_file(path).application
+    verifier, drafter = application.verifier, application.drafter
+    drafts = verifier.speculation.mode != "none"
+    target = _configuration(
+        "verifier.target", verifier.target, "verifier.architecture", options.architecture or verifier.architecture
+    )
+    checkpoint = None
+    if drafts and verifier.drafter is not None:
+        named = options.drafter_architecture or (drafter.architecture if drafter is not None else None)
+        key = "drafter.checkpoint" if drafter is not None else "verifier.drafter"
+        checkpoint = _configuration(key, verifier.drafter, "drafter.architecture", named)
+    try:
+        application = fitting(application, target, checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: args: {error}") from error
+    gpu = _gpu("--gpu", options.gpu, verifier.device, verifier.bundles[1])
+    return Inputs(
+        application=application,
+        target=_target(target, verifier.dtype),
+        source=_source(target),
+        gpu=gpu,
+        draft=None if checkpoint is None else _draft(application, target, checkpoint, options, gpu),
+    )
+
+
+def _configuration(key: str, given: str, architecture_key: str, architecture: str | None) -> Path:
+    """The checkpoint's directory if it is here, else the shipped configuration that is named."""
+    directory = find_directory(given)
+    if directory is not None:
+        if architecture is not None:
+            check_architecture(architecture_key, architecture, key, directory)
+        return directory
+    if architecture is None:
+        option = "--architecture" if architecture_key.startswith("verifier") else "--drafter-architecture"
+        raise ConfigError(
+            f"{key} is {given!r}, which is not on this machine: set {architecture_key} (or {option}) to what it is, "
+            f"one of {', '.join(name for name in shipped_names() if name.endswith('-dflash') == ('drafter' in option))}"
+        )
+    return shipped(architecture_key, architecture)
+
+
+def _target(path: Path, dtype: str) -> TargetModel:
+    from verifier_service.model.touchpoints import text_shapes  # brings transformers
+
+    try:
+        config = read_target_config(path)
+        scheme, itemsize = scheme_of(config), DTYPE_BYTES[dtype]
+        return TargetModel(config, text_shapes(config), scheme, storage_of(scheme, itemsize), itemsize)
+    except CheckpointError as error:
+        raise ConfigError(f"verifier.target: {error}") from error
+
+
+def _draft(application: Application, target: Path, checkpoint: Path, options: Options, gpu: Gpu | None) -> Draft:
+    from drafter_service.loading import context_window  # brings torch
+
+    verifier, drafter = application.verifier, application.drafter
+    remote = application.drafts_remotely and drafter is not None
+    settings = (
+        drafter.settings
+        if remote and drafter is not None
+        else DrafterSettings(
+            checkpoint=str(checkpoint), target=str(target), dtype=verifier.dtype, max_contexts=verifier.max_requests
+        )
+    )
+    config, target_config = DFlashConfig.load(checkpoint), read_target_config(target)
+    if remote and drafter is not None:
+        gpu = _gpu("--drafter-gpu", options.drafter_gpu, drafter.device, drafter.bundles[1]) or gpu
+    return Draft(
+        config=config,
+        model=drafter_model(config, target_config.tied, DTYPE_BYTES[settings.dtype]),
+        settings=settings,
+        window=context_window(config, settings, target_config),
+        source=_source(checkpoint),
+        gpu=gpu,
+    )
+
+
+def _gpu(option: str, named: str | None, device: str, bundle: dict[str, float]) -> Gpu | None:
+    if named is not None:
+        return gpu_named(option, named)
+    kind = gpu_of_bundle(bundle)
+    return gpu_named("accelerator_type", kind) if kind is not None and device == "cuda" else None
+
+
+def _source(path: Path) -> Source:
+    return Source(str(path), tuple(_raw(path).get("_assumed", ())))
+
+
+def _raw(path: Path) -> dict:
+    return json.loads(configuration_file(path).read_text())
