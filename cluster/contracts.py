@@ -5,6 +5,8 @@ No torch, no Ray. Every message on the engine port is a member of `ToEngine` or 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -29,12 +31,20 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """What the output has to be: kind "json_schema", "regex" or "lark", and the text of it. See cluster.grammar."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+
 class EngineRequest(msgspec.Struct, frozen=True):
     """One generation as an engine takes it. Also the form in which a request resumes elsewhere after a failure.
 
     request_id: idempotency key, the same across re-submissions. choice: 0..n-1 of the client's n.
     generated_ids: already emitted (resume); context for the model, output for limits, penalties, grammar and usage.
     seed: always set; with (choice, absolute position, token id) it keys every random number.
+    grammar: the output follows it, and ends with "stop" where nothing can follow.
     max_new_tokens: in total, generated_ids included. min_new_tokens: so many come before any of stop_token_ids can.
     max_draft_tokens: None = the engine's choice, 0 = plain decoding.
     deadline: unix seconds; past it the request finishes with "deadline".
@@ -49,6 +59,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     sampling: SamplingParams = SamplingParams()
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: GrammarSpec | None = None
     max_draft_tokens: int | None = None
     priority: int = 0
     deadline: float | None = None

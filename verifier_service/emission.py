@@ -41,7 +41,7 @@ class Emission:
                 p.drafted,
                 None if wanted is None else _logprobs(p, logits, wanted),
                 p.finish,
-                NOT_FINITE if p.finish == "error" else None,
+                (p.error or NOT_FINITE) if p.finish == "error" else None,
                 cached=_cached(p) if sequence.cached else 0,
             )
             deltas = by_sink.get(sequence.sink)

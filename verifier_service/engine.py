@@ -11,15 +11,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from cluster.contracts import Configure, Delta, EngineInfo, EngineRequest, Status
 from cluster.errors import OverloadedError
+from cluster.grammar import GrammarError
+from verifier_service.commands import Abort, Command, Compiled, Drop, Start
 from verifier_service.deadlines import Deadlines
 from verifier_service.drafting import Drafting
 from verifier_service.emission import Emission, Sink, error_delta
+from verifier_service.grammar.compiler import GrammarCompiler
+from verifier_service.grammar.constraint import Constraint
+from verifier_service.grammar.decoding import ConstrainedDecoding
+from verifier_service.grammar.desk import GrammarDesk, Ticket
 from verifier_service.model.face import Runner
 from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
@@ -41,32 +47,12 @@ SPARE_COMMANDS = 64  # a step's worth beyond what can wait and run
 MAX_SOFT_DEADLINE_S = 10.0
 
 
-@dataclass(frozen=True)
-class _Start:
-    request: EngineRequest
-    sink: Sink
-
-
-@dataclass(frozen=True)
-class _Abort:
-    """sink: only if the request is this one's; None: whoever's."""
-
-    key: Key
-    sink: Sink | None
-
-
-@dataclass(frozen=True)
-class _Drop:
-    """All requests of a sink."""
-
-    sink: Sink
-
-
 class Engine:
     """One target's engine. Use: start (a thread) or run (this thread); submit and abort from any thread; stop.
 
     info: what clients are told. channel: to the other ranks. block_size in info is 1 for plain decoding.
-    make_proposer: builds the successor of a proposer that failed, on another thread.
+    make_proposer: builds the successor of a proposer that failed, on another thread. grammars: without, requests that
+    have one are refused.
     """
 
     def __init__(
@@ -79,6 +65,7 @@ class Engine:
         make_proposer: Callable[[], Proposer] = NoProposer,
         channel: PlanChannel | None = None,
         recorder: FlightRecorder | None = None,
+        grammars: GrammarCompiler | None = None,
         heartbeat_s: float = HEARTBEAT_S,
     ):
         self.info = info
@@ -89,11 +76,13 @@ class Engine:
         self._channel = channel or PlanChannel(None)
         self._recorder = recorder
         self._heartbeat_s = heartbeat_s
+        self._desk = GrammarDesk(grammars, lambda ticket: self._command(Compiled(ticket)))
+        self._constrained = ConstrainedDecoding(info.vocabulary)
         self._emission = Emission()
         self._deadlines = Deadlines()
         self._tally = Tally()
         self._max_commands = limits.max_waiting + limits.slots + SPARE_COMMANDS
-        self._commands: deque[_Start | _Abort | _Drop] = deque()
+        self._commands: deque[Command] = deque()
         self._arrived = threading.Condition(threading.Lock())
         self._stopping = False
         self._closed = False  # commands are no longer taken
@@ -114,7 +103,7 @@ class Engine:
         if len(self._commands) >= self._max_commands:
             why = f"{self._max_commands} requests came within one step, which is the limit: try again later"
             sink([error_delta(request, why, "overloaded")])
-        elif not self._command(_Start(request, sink)):
+        elif not self._command(Start(request, sink)):
             sink([error_delta(request, "the engine has stopped: send the request elsewhere", "engine")])
 
     def abort(self, request_id: str, choice: int = 0, sink: Sink | None = None) -> None:
@@ -122,11 +111,11 @@ class Engine:
 
         With a sink, a request of another sink is left alone.
         """
-        self._command(_Abort((request_id, choice), sink))
+        self._command(Abort((request_id, choice), sink))
 
     def drop(self, sink: Sink) -> None:
         """Abort all requests of a sink, because nobody listens there any more."""
-        self._command(_Drop(sink))
+        self._command(Drop(sink))
 
     def configure(self, settings: Configure) -> None:
         """A value that cannot be leaves its setting as it is, which the log tells."""
@@ -149,7 +138,7 @@ class Engine:
             step=scheduler.step,
             seconds_since_step=time.monotonic() - self._step_ended,
             running=scheduler.running,
-            waiting=scheduler.waiting + len(self._commands),
+            waiting=scheduler.waiting + len(self._desk) + len(self._commands),
             free_blocks=scheduler.pool.free,
             total_blocks=scheduler.pool.total,
             linked=drafting.linked,
@@ -203,6 +192,7 @@ class Engine:
 
     def _step(self) -> None:
         began = time.monotonic()
+        self._constrained.trim()
         plan = self._scheduler.plan()
         if self._recorder is not None:
             self._recorder.planned(plan.step, self._scheduler.planned)
@@ -211,12 +201,16 @@ class Engine:
         self._channel.send(plan)
         if evicted := self._scheduler.cache.take_evicted():
             self._drafting.evicted(evicted)
+        rows = self._scheduler.sampled_rows()
+        masks = self._constrained.start_masks(rows)
         before = time.monotonic()
         output = self._runner.forward(plan)
         forward = time.monotonic() - before
         assert output.logits is not None, "rank 0 gets the logits"
-        samples = sample(output.logits, draws_of(self._scheduler.sampled_rows())) if output.logits.shape[0] else []
+        samples = sample(output.logits, draws_of(rows, masks())) if output.logits.shape[0] else []
         progress = self._scheduler.commit(samples)
+        for ended in self._constrained.advance(progress):
+            self._scheduler.remove(ended.sequence.key)
         self._drafting.advance(progress, output.taps)
         self._emission.emit(progress, output.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
@@ -255,7 +249,7 @@ class Engine:
 
     # Requests come and go.
 
-    def _command(self, command: _Start | _Abort | _Drop) -> bool:
+    def _command(self, command: Command) -> bool:
         """False if the engine has ended."""
         with self._arrived:
             if self._closed:
@@ -267,62 +261,113 @@ class Engine:
     def _take_commands(self) -> None:
         for _ in range(len(self._commands)):  # those that come meanwhile wait for the next step
             match self._commands.popleft():
-                case _Start(request, sink):
+                case Start(request, sink):
                     self._admit(request, sink)
-                case _Abort(key, sink):
-                    if sink is None or self._scheduler.sink_of(key) == sink:
+                case Abort(key, sink):
+                    if sink is None or sink in (self._scheduler.sink_of(key), self._desk.sink_of(key)):
                         self._finish(key, "abort")
-                case _Drop(sink):
-                    for sequence in self._scheduler.requests():
-                        if sequence.sink == sink:
-                            self._finish(sequence.key, "abort")
+                case Drop(sink):
+                    for request, theirs in self._held():
+                        if theirs == sink:
+                            self._finish(key_of(request), "abort")
+                case Compiled(ticket):
+                    if self._desk.collect(ticket):
+                        self._enter_compiled(ticket)
 
     def _admit(self, request: EngineRequest, sink: Sink) -> None:
         if why := problem(request, self._limits):
             sink([error_delta(request, why, "request")])
-        elif key_of(request) in self._scheduler:
+        elif key_of(request) in self._scheduler or key_of(request) in self._desk:
             sink([error_delta(request, f"request_id {request.request_id!r} is already running here", "request")])
         elif ended := _already_ended(request):
             sink([Delta(request.request_id, request.choice, (), finish=ended)])
+        elif request.grammar is None:
+            self._enter(request, sink, None)
         else:
-            try:
-                self._scheduler.add(request, sink, shaping_of(request))
-            except OverloadedError as error:
-                sink([error_delta(request, str(error), "overloaded")])
-                return
-            if request.deadline is not None:
-                self._deadlines.add(key_of(request), request.deadline)
+            self._await_grammar(request, sink)
+
+    def _await_grammar(self, request: EngineRequest, sink: Sink) -> None:
+        if not self._desk.open:
+            sink(
+                [
+                    error_delta(
+                        request, "grammar is set, but this target has no tokenizer.json to use it with", "request"
+                    )
+                ]
+            )
+        elif len(self._desk) >= self._scheduler.limits.max_waiting:
+            why = f"{len(self._desk)} requests wait for their grammars, which is the limit: try again later"
+            sink([error_delta(request, why, "overloaded")])
+        else:
+            self._desk.begin(request, sink)
+            self._mind_deadline(request)
+
+    def _enter_compiled(self, ticket: Ticket) -> None:
+        request, sink = ticket.request, ticket.sink
+        self._deadlines.forget(key_of(request))
+        try:
+            constraint = ticket.compiled.result()
+        except GrammarError as error:
+            sink([error_delta(request, str(error), "request")])
+        else:
+            if constraint.complete:  # resumed after its last token, or the grammar knows but the empty text
+                sink([Delta(request.request_id, request.choice, (), finish="stop")])
+            else:
+                self._enter(request, sink, constraint)
+
+    def _enter(self, request: EngineRequest, sink: Sink, constraint: Constraint | None) -> None:
+        try:
+            sequence = self._scheduler.add(request, sink, shaping_of(request, constraint))
+        except OverloadedError as error:
+            sink([error_delta(request, str(error), "overloaded")])
+            return
+        if constraint is not None:
+            self._constrained.add(sequence)
+        self._mind_deadline(request)
+
+    def _mind_deadline(self, request: EngineRequest) -> None:
+        if request.deadline is not None:
+            self._deadlines.add(key_of(request), request.deadline)
 
     def _expire(self) -> None:
         for key in self._deadlines.passed(time.time()):
             self._finish(key, "deadline")
 
     def _finish(self, key: Key, finish: str) -> None:
-        sequence = self._scheduler.remove(key)
-        if sequence is not None:
+        if (ticket := self._desk.leave(key)) is not None:
+            self._tally.finished(finish)
+            self._deadlines.forget(key)
+            ticket.sink([Delta(*key, (), finish=finish)])
+        elif (sequence := self._scheduler.remove(key)) is not None:
             self._tally.finished(finish)
             self._forget([sequence])
             sequence.sink([Delta(*key, (), finish=finish)])
 
+    def _held(self) -> list[tuple[EngineRequest, Sink]]:
+        """All requests that are in, with their sinks."""
+        compiling = [(ticket.request, ticket.sink) for ticket in self._desk.tickets()]
+        return [*compiling, *((sequence.request, sequence.sink) for sequence in self._scheduler.requests())]
+
     def _end(self, why: str) -> None:
         with self._arrived:
             self._closed = True
-            left = [command for command in self._commands if isinstance(command, _Start)]
+            left = [command for command in self._commands if isinstance(command, Start)]
             self._commands.clear()
         by_sink: dict[Sink, list[Delta]] = {}
-        unfinished = [(start.request, start.sink) for start in left]
-        unfinished += [(sequence.request, sequence.sink) for sequence in self._scheduler.requests()]
-        for request, sink in unfinished:
+        for request, sink in (*((start.request, start.sink) for start in left), *self._held()):
             by_sink.setdefault(sink, []).append(error_delta(request, why, "engine"))
         for sink, deltas in by_sink.items():
             sink(deltas)
         self._ended.set()
+        self._desk.close()
+        self._constrained.close()
         self._drafting.stop()
 
     def _forget(self, sequences: list[RunningRequest]) -> None:
         if sequences:
             for sequence in sequences:
                 self._deadlines.forget(sequence.key)
+                self._constrained.forget(sequence)
             self._drafting.forget(sequences)
 
 

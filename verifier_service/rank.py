@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.contracts import EngineInfo
+from cluster.errors import ConfigError
 from cluster.link.face import VerifierLink
 from cluster.tls import Access
 from modeling.dflash import FeatureFuser
@@ -24,6 +25,7 @@ from verifier_service.control import SpeculationControl
 from verifier_service.engine import Engine, follow
 from verifier_service.features import FeatureStore
 from verifier_service.fit import check_fit
+from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.model.runner import TargetRunner
 from verifier_service.packing import PlanChannel
 from verifier_service.port import EnginePort
@@ -143,6 +145,7 @@ def build_engine(
         make_proposer=make_proposer,
         channel=channel,
         recorder=_recorder(settings, engine_id, fingerprint),
+        grammars=_grammars(settings.target, runner.shape.vocabulary),
     )
 
 
@@ -157,6 +160,15 @@ def _recorder(settings: VerifierSettings, engine_id: str, fingerprint: str) -> F
         settings.block_tokens,
     )
     return FlightRecorder(settings.flight_recorder, engine_id, target)
+
+
+def _grammars(target: str, vocabulary: int) -> GrammarCompiler | None:
+    """None for a target whose tokenizer is not there or not of a kind that grammars can use."""
+    try:
+        return GrammarCompiler.load(target, vocabulary)
+    except ConfigError as error:
+        log.warning("requests with a grammar will be refused: %s", error)
+        return None
 
 
 def _proposer(

@@ -75,7 +75,7 @@ class Progress:
     row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
     logit_row: row of the logits that token_ids[0] was sampled from. token_ids: new output (none in a prefill that goes
     on). drafted: how many drafts were verified; matched: how many of them the target would have said itself; accepted:
-    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. finish: as in Delta.
+    how many of token_ids were drafts, fewer than matched if a stop token cuts the output. finish, error: as in Delta.
     """
 
     sequence: RunningRequest
@@ -88,3 +88,4 @@ class Progress:
     matched: int = 0
     accepted: int = 0
     finish: str | None = None
+    error: str | None = None

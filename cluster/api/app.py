@@ -119,7 +119,7 @@ async def _respond(
     objects: tuple[str, str],
 ) -> Response:
     response_id = f"{prefix}-{secrets.token_hex(16)}"
-    choices = core.plan(asked, prompts, response_id, _salt(request))
+    choices = await core.plan(asked, prompts, response_id, _salt(request))
     core.metrics.prompt_tokens.inc(prompts.tokens)
     usage = Usage(prompts.tokens, asked.n)
     answer = Answer(response_id, int(time.time()), asked.model, objects, shape, usage, asked)

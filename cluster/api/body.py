@@ -27,19 +27,16 @@ def _among(*values: Any) -> Callable[[Any], bool]:
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _among(),
     "best_of": _among(1),
-    "frequency_penalty": _among(0),
     "function_call": _among("none"),
     "functions": _among([]),
+    "guided_choice": _among(),
+    "guided_grammar": _among(),
     "guided_json": _among(),
-    "logit_bias": _among({}),
-    "min_p": _among(0),
+    "guided_regex": _among(),
     "modalities": _among(["text"]),
     "prediction": _among(),
-    "presence_penalty": _among(0),
     "prompt_logprobs": _among(),
     "reasoning_effort": _among("none"),
-    "repetition_penalty": _among(1),
-    "response_format": _among({"type": "text"}),
     "suffix": _among(""),
     "tool_choice": _among("none", "auto"),
     "tools": _among([]),
@@ -62,7 +59,8 @@ def parse(model: type[R], body: bytes) -> R:
         if name == "best_of" and value == fields.get("n", 1):
             continue
         if not UNSUPPORTED[name](value):
-            raise RequestError(f"{name} is not supported by this server (got {_shown(value)}): leave it out", name)
+            cure = "use structured_outputs" if name.startswith("guided_") else "leave it out"
+            raise RequestError(f"{name} is not supported by this server (got {_shown(value)}): {cure}", name)
     if unknown := sorted(fields.keys() - model.model_fields.keys()):
         raise RequestError(_unknown(unknown[0], list(model.model_fields)), unknown[0])
     try:

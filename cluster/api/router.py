@@ -12,12 +12,13 @@ from pathlib import Path
 from cluster.api.engines import EngineHealth, Engines
 from cluster.api.errors import unknown_model
 from cluster.api.generation import Choice, Generator
+from cluster.api.grammar import Grammars
 from cluster.api.metrics import Metrics
 from cluster.api.schema import SamplingFields
 from cluster.api.settings import RouterSettings
 from cluster.api.text import ChoiceText, Piece
 from cluster.api.tokens import Tokens
-from cluster.contracts import EngineRequest, SamplingParams
+from cluster.contracts import EngineRequest, GrammarSpec, SamplingParams
 from cluster.errors import EngineDiedError, OverloadedError, RequestError
 from cluster.tls import OPEN, Access
 
@@ -51,6 +52,7 @@ class RouterCore:
         self.model_names = (model_name, *self.settings.aliases)
         self.created = int(time.time())
         self.tokens = tokens
+        self.grammars = Grammars()
         self.metrics = Metrics(model_name)
         self.engines = Engines(self.settings, access)
         self._generator = Generator(
@@ -78,7 +80,7 @@ class RouterCore:
         if name not in self.model_names:
             raise unknown_model(name, self.model_names)
 
-    def plan(self, request: SamplingFields, prompts: Prompts, response_id: str, salt: str) -> tuple[Choice, ...]:
+    async def plan(self, request: SamplingFields, prompts: Prompts, response_id: str, salt: str) -> tuple[Choice, ...]:
         """The choices of a request, n for each prompt, in the order of the response. Raises RequestError.
 
         salt: isolates prefix caches. The same seed gives a prompt the same text alone and among others.
@@ -89,9 +91,12 @@ class RouterCore:
             raise RequestError(
                 f"n is {request.n} for {len(prompts.ids)} prompts: at most {limit} choices a request", "n"
             )
+        grammar = await self.grammars.of(request)
         seed = secrets.randbits(63) if request.seed is None else request.seed % (1 << 63)
         deadline = time.time() + self.settings.request_timeout_s
-        return tuple(self._choice(request, prompts, index, response_id, salt, seed, deadline) for index in range(count))
+        return tuple(
+            self._choice(request, prompts, index, response_id, salt, seed, deadline, grammar) for index in range(count)
+        )
 
     async def generate(self, choices: Sequence[Choice]) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come; leaving early frees them. Raises OverloadedError before the first one."""
@@ -104,6 +109,7 @@ class RouterCore:
         """Ends all connections. Requests under way end with EngineDiedError."""
         await self.engines.close()
         self.tokens.close()
+        self.grammars.close()
 
     @contextlib.contextmanager
     def _admitted(self, count: int) -> Iterator[None]:
@@ -130,11 +136,12 @@ class RouterCore:
         salt: str,
         seed: int,
         deadline: float,
+        grammar: GrammarSpec | None,
     ) -> Choice:
         which, choice = divmod(index, request.n)
         prompt = prompts.ids[which]
         limit = self._new_tokens(request, prompts, prompt)
-        stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.tokens.eos_ids)
+        stop_ids = self._stop_ids(request)
         engine_request = EngineRequest(
             request_id=f"{response_id}-{which}",
             choice=choice,
@@ -142,18 +149,26 @@ class RouterCore:
             seed=seed,
             max_new_tokens=limit,
             min_new_tokens=request.min_tokens,
-            sampling=SamplingParams(
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=max(0, request.top_k),
-                logprobs=request.wanted_logprobs,
-            ),
+            sampling=_sampling(request),
             stop_token_ids=stop_ids,
+            grammar=grammar,
             max_draft_tokens=request.draft_limit,
             deadline=deadline,
             cache_salt=salt,
         )
         return Choice(engine_request, ChoiceText(index, self.tokens, request.stop, stop_ids, request.min_tokens))
+
+    def _stop_ids(self, request: SamplingFields) -> frozenset[int]:
+        """Raises RequestError for a token, here or in logit_bias, that the target does not have."""
+        vocabulary = self.engines.vocabulary or 0
+        for field, ids in (
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", [token for token, _ in request.logit_bias]),
+        ):
+            if ids and max(ids) >= vocabulary:
+                raise RequestError(f"{field} holds token id {max(ids)}, outside 0..{vocabulary - 1}", field)
+        ends = frozenset() if request.ignore_eos else self.tokens.eos_ids
+        return frozenset(request.stop_token_ids).union(token for token in ends if token < vocabulary)
 
     def _new_tokens(self, request: SamplingFields, prompts: Prompts, prompt: tuple[int, ...]) -> int:
         """How many tokens may be generated. Raises RequestError where prompt and limits do not fit the context."""
@@ -187,3 +202,17 @@ class RouterCore:
                 f"min_tokens is {request.min_tokens}, above the limit of {limit} new tokens", "min_tokens"
             )
         return limit
+
+
+def _sampling(request: SamplingFields) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(0, request.top_k),
+        logprobs=request.wanted_logprobs,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+    )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_BIASED = 1024  # tokens of logit_bias
 INT64 = 1 << 63
 INT32 = 1 << 31
 
@@ -35,6 +36,43 @@ class Speculation(Strict):
     max_draft_tokens: int | None = Field(None, ge=0, le=1024)
 
 
+class JsonSchema(Strict):
+    """name, description and strict change nothing: the schema is always followed."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_its_type(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('holds json_schema if, and only if, its type is "json_schema"')
+        return self
+
+
+class StructuredOutputs(Strict):
+    """Extension. json: a schema or the text of one. grammar: Lark or GBNF. Exactly one of the fields."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> StructuredOutputs:
+        fields = (self.json_, self.regex, self.choice, self.grammar, self.json_object)
+        if sum(field is not None for field in fields) != 1:
+            raise ValueError("needs exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+
 class SamplingFields(Strict):
     """What both endpoints have in common."""
 
@@ -47,13 +85,20 @@ class SamplingFields(Strict):
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stop: tuple[str, ...] = ()
     max_tokens: int | None = Field(None, ge=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    response_format: ResponseFormat = ResponseFormat(type="text")
     # Extensions:
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
     top_k: int = Field(0, ge=-1, lt=INT32, description="0 or -1 = off")
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=INT32)]] = []
     max_draft_tokens: int | None = Field(None, ge=0, le=1024)
     speculation: Speculation = Speculation()
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -67,10 +112,21 @@ class SamplingFields(Strict):
             raise ValueError(f"holds a string that has not 1 to {MAX_STOP_CHARACTERS} characters")
         return tuple(stops)
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _biases(cls, value: Any) -> tuple[tuple[int, float], ...]:
+        if not isinstance(value, dict):
+            raise ValueError('must be an object of token ids and numbers, as {"50256": -100}')
+        if len(value) > MAX_BIASED:
+            raise ValueError(f"holds {len(value)} tokens; at most {MAX_BIASED} are possible")
+        return tuple(_bias(token, bias) for token, bias in value.items())
+
     @model_validator(mode="after")
     def _fields_agree(self) -> SamplingFields:
         if self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options is only possible together with stream: true")
+        if self.structured_outputs is not None and self.response_format.type != "text":
+            raise ValueError("structured_outputs and response_format are both given: give one of them")
         if self.max_draft_tokens is not None and self.speculation.max_draft_tokens not in (None, self.max_draft_tokens):
             raise ValueError("max_draft_tokens and speculation.max_draft_tokens differ: give one of them")
         return self
@@ -172,6 +228,14 @@ class ChatRequest(SamplingFields):
     @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    if not token.isascii() or not token.isdecimal() or int(token[:11]) >= INT32:
+        raise ValueError(f"names {token[:20]!r}, which is no token id")
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        raise ValueError(f"of token {token} must be a number in -100..100 (got {str(bias)[:20]})")
+    return int(token), float(bias)
 
 
 def _prompt(value: Any, where: str) -> str | tuple[int, ...]:

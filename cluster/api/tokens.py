@@ -14,10 +14,10 @@ from tokenizers.decoders import DecodeStream
 
 from cluster.api.chat_template import ChatTemplate
 from cluster.errors import ConfigError, RequestError
+from cluster.tokenizer_files import end_ids, read_json, special_tokens
 
 INLINE_CHARACTERS = 4096  # about a millisecond of work: less than what handing it to a thread may cost
 THREADS = 2
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokens:
@@ -50,9 +50,8 @@ class Tokens:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{file} is no tokenizer: {error}") from error
-        settings = _read(directory / "tokenizer_config.json")
-        special = _special_tokens({**_read(directory / "special_tokens_map.json"), **settings})
-        return cls(tokenizer, _eos_ids(directory, tokenizer, special), ChatTemplate.load(directory, settings, special))
+        settings, special = read_json(directory / "tokenizer_config.json"), special_tokens(directory)
+        return cls(tokenizer, end_ids(directory, tokenizer), ChatTemplate.load(directory, settings, special))
 
     @property
     def has_chat_template(self) -> bool:
@@ -128,43 +127,6 @@ class Detokenizer:
         rest = self._tokens.decode(self._ids)[self._shown :]
         self._shown += len(rest)
         return rest
-
-
-def _eos_ids(directory: Path, tokenizer: Tokenizer, special: Mapping[str, str]) -> frozenset[int]:
-    """generation_config.json's, or else config.json's, and the tokenizer's own."""
-    generation, config = _read(directory / "generation_config.json"), _read(directory / "config.json")
-    text_config = config.get("text_config") or {}
-    for candidate in (generation.get("eos_token_id"), config.get("eos_token_id"), text_config.get("eos_token_id")):
-        if candidate is not None:
-            found = set(candidate) if isinstance(candidate, list) else {candidate}
-            break
-    else:
-        found = set()
-    own = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    return frozenset(found | ({own} if own is not None else set()))
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names as templates know them; a value is text, or {"content": text, ...}."""
-    found = {}
-    for name in SPECIAL:
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

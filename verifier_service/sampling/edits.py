@@ -30,6 +30,11 @@ class Edits:
     allowed: torch.Tensor | None = None
 
 
+def mask_only(allowed: torch.Tensor) -> Edits:
+    none = np.zeros((len(allowed), 0), np.float32)
+    return Edits(np.zeros(0, np.int64), none[0], none, none, allowed)
+
+
 def apply_edits(logits: torch.Tensor, edits: Sequence[tuple[int, Edits]]) -> None:
     """In place, on float32 [rows, vocabulary]; each with the first of its rows."""
     if changes := [(row, each) for row, each in edits if len(each.ids)]:

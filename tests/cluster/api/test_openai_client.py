@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
+import pydantic
 import pytest
 
+from cluster.contracts import GrammarSpec
 from tests.cluster.api.conftest import ANSWER
 from tests.cluster.api.harness import MODEL
 
@@ -109,6 +112,66 @@ def test_sampling_fields_reach_the_engine(served, engine):
     assert (request.min_new_tokens, request.max_new_tokens, request.max_draft_tokens) == (2, 9, 0)
     assert 0 <= request.seed < 1 << 63
     assert request.stop_token_ids == {2}
+
+
+def test_penalties_biases_and_min_p_reach_the_engine(served, engine):
+    served.client().chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"7": -100, "9": 2},
+        extra_body={"min_p": 0.1, "repetition_penalty": 1.2},
+    )
+    sampling = engine.submitted[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -1, 1.2)
+    assert (sampling.min_p, sampling.logit_bias) == (0.1, ((7, -100.0), (9, 2.0)))
+
+
+SCHEMA = {"type": "object", "properties": {"z": {"type": "integer"}, "a": {"enum": ["x"]}}, "required": ["z"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+                }
+            },
+            GrammarSpec("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"response_format": {"type": "json_object"}}, GrammarSpec("json_schema", '{"type": "object"}')),
+        ({"response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {"json": SCHEMA}}, GrammarSpec("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, GrammarSpec("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, GrammarSpec("regex", "[0-9]+")),
+        ({"structured_outputs": {"choice": ["ja", 'n"ein']}}, GrammarSpec("lark", 'start: "ja" | "n\\"ein"')),
+        ({"structured_outputs": {"grammar": 'start: "a"+'}}, GrammarSpec("lark", 'start: "a"+')),
+        ({"structured_outputs": {"json_object": True}}, GrammarSpec("json_schema", '{"type": "object"}')),
+    ],
+)
+def test_what_the_output_has_to_be_reaches_the_engine_as_a_grammar(served, engine, fields, grammar):
+    client = served.client()
+    client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body=fields, n=2)
+    client.completions.create(model=MODEL, prompt="a", extra_body=fields)
+    assert [request.grammar for request in engine.submitted] == [grammar] * 3
+
+
+def test_a_pydantic_model_is_a_response_format(served, engine):
+    class Point(pydantic.BaseModel):
+        x: int
+
+    with pytest.raises(pydantic.ValidationError):  # the scripted engine says something else
+        served.client().chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Point)
+    assert json.loads(engine.submitted[0].grammar.text)["properties"]["x"]["type"] == "integer"
+
+
+def test_choices_share_a_seed_and_differ_by_their_number(served, engine):
+    served.client().completions.create(model=MODEL, prompt="a", n=3, seed=5)
+    assert [(request.seed, request.choice) for request in engine.submitted] == [(5, 0), (5, 1), (5, 2)]
 
 
 def test_ends_of_generation_are_the_clients_to_choose(served, engine, answer_ids):
