@@ -70,10 +70,10 @@ class FeatureStore:
                 continue
             own = rows[max(0, first - start) : first + size - start]
             if first < start:
-                begin, pieces = self.since(key, first)
+                begin, pieces = self.between(key, first, start)
                 if begin != first or self.end(key) < start:
                     continue
-                self._blocks.put(hashes[index], torch.cat([torch.cat(pieces)[: start - first], own]))
+                self._blocks.put(hashes[index], torch.cat([*pieces, own]))
             else:
                 self._blocks.put(hashes[index], own.clone())
         self._shrink()

@@ -44,7 +44,8 @@ def test_tries_that_fail_come_at_doubling_distances():
     room = Room()
     room.begin(0)
     room.turned_away(3, 0.0)
-    now, tries = 0.0, []
+    now = 0.0
+    tries: list[float] = []
     while len(tries) < 9:
         now += FIRST_PAUSE_S / 4
         if room.has_place(3, now):
