@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cluster.errors import ConfigError
 
-WIDTH = 132  # where the output is no terminal
+WIDTH = 120  # where the output is no terminal
 
 
 def plan(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.errors import ConfigError
 from deploy.architecture import check_architecture, shipped, shipped_names
-from deploy.checks import find_directory, fitting
+from deploy.checks import CHECKOUT, find_directory, fitting
 from deploy.config import Application
 from deploy.file import parse_deploy_file
 from drafter_service.config import DrafterSettings
@@ -149,7 +149,8 @@ def _gpu(option: str, named: str | None, device: str, bundle: dict[str, float]) 
 
 
 def _source(path: Path) -> Source:
-    return Source(str(path), tuple(_raw(path).get("_assumed", ())))
+    shown = path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+    return Source(str(shown), tuple(_raw(path).get("_assumed", ())))
 
 
 def _raw(path: Path) -> dict:

@@ -103,13 +103,13 @@ def _of_target(target: TargetPlan) -> list[str]:
             f"KV capacity: {max(0, target.kv_capacity):,} tokens in the memory of {target.gpu}; the file asks for "
             f"{target.kv_cache_tokens:,}"
         )
-    lines.append(f"dimensions: {target.source.path}")
+    lines.append(f"read from {target.source.path}")
     lines += _assumed(target.source)
     return lines
 
 
 def _assumed(source: Source) -> list[str]:
-    return [f"assumed of them: {', '.join(source.assumed)}"] if source.assumed else []
+    return [f"assumed there: {', '.join(source.assumed)}"] if source.assumed else []
 
 
 def _kv_line(cache: CacheFootprint, ranks: int) -> str:
@@ -125,7 +125,7 @@ def _kv_line(cache: CacheFootprint, ranks: int) -> str:
 
 def _rank(target: TargetPlan) -> Table:
     memory = target.memory
-    table = _table("The verifier's first rank (others hold no fc and no logits)", "memory", "bytes")
+    table = _table("The verifier's first rank", "memory", "bytes")
     for name, amount in _rows(memory):
         table.add_row(name, size(amount))
     table.add_section()
@@ -173,7 +173,7 @@ def _of_drafter(drafter: DraftPlan) -> list[str]:
             f"draft-context capacity: {max(0, drafter.context_capacity)} in the memory of {drafter.gpu}; the file "
             f"asks for {drafter.max_contexts}"
         )
-    lines.append(f"dimensions: {drafter.source.path}")
+    lines.append(f"read from {drafter.source.path}")
     lines += _assumed(drafter.source)
     return lines
 

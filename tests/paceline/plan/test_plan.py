@@ -80,6 +80,14 @@ def test_what_fits_is_printed_and_written_with_exit_code_0(tmp_path):
     assert load["link_bytes_per_step"] == pytest.approx(16 * load["step"]["committed"] * 2 * 7168)
 
 
+@pytest.mark.parametrize("name", ["qwen397b", "kimi-k2.5"])
+def test_the_documentation_shows_what_is_printed(name, monkeypatch):
+    monkeypatch.chdir(DEPLOY.parent)
+    printed = [line.rstrip() for line in run(f"deploy/{name}.yaml").output.rstrip().splitlines()]
+    page = (DEPLOY.parent / "docs" / "plan.md").read_text()
+    assert "\n".join(printed) in page, f"paste the output of `paceline plan deploy/{name}.yaml` into docs/plan.md"
+
+
 def test_what_does_not_fit_ends_with_exit_code_1_and_what_would():
     result = run(DEPLOY / "kimi-k2.5.yaml", "--gpu", "H100")
     assert result.exit_code == 1
