@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -138,6 +139,62 @@ def host(
     _console().print(table(rows))
     if json is not None:
         write_json(json, rows, machine)
+
+
+@app.command()
+def cache(
+    target: Annotated[Path, typer.Option(help="target checkpoint directory")] = Path("models/tiny/target"),
+    drafter: Annotated[Path, typer.Option(help="DFlash checkpoint directory")] = Path("models/tiny/drafter"),
+    conversations: Annotated[int, typer.Option(min=1, help="one after the other")] = 4,
+    turns: Annotated[int, typer.Option(min=2, help="of a conversation")] = 4,
+    max_tokens: MaxTokens = 48,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    json: Json = None,
+) -> None:
+    """Measure conversations with and without the prefix cache: tokens found, time to first token, acceptance length."""
+    from paceline.bench.cache import CacheOptions, measure, table
+    from paceline.progress import bar
+
+    options = CacheOptions(target, drafter, conversations, turns, max_tokens, dtype, device)
+    try:
+        with bar("turns", 2 * conversations * turns) as advance:
+            rows = measure(options, advance)
+    except PacelineError as error:
+        _fail(error)
+    _console().print(table(rows))
+    _write_rows(json, rows)
+
+
+@app.command()
+def commit(
+    rows: Annotated[int, typer.Option(min=1, help="requests in the verify")] = 8,
+    block: Annotated[int, typer.Option(min=1, help="tokens of each")] = 8,
+    repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are shown")] = 15,
+    json: Json = None,
+) -> None:
+    """Measure the commit of a verified block into recurrent state: replay against a snapshot of every position."""
+    from paceline.bench.commit import LARGE, TINY, measure, table
+
+    try:
+        found = [row for shape in (TINY, LARGE) for row in measure(shape, rows, block, repeat)]
+    except PacelineError as error:
+        _fail(error)
+    _console().print(table(found))
+    _write_rows(json, found)
+
+
+def _write_rows(path: Path | None, rows: Sequence[Any]) -> None:
+    """Dataclasses, with the machine they were measured on."""
+    if path is None:
+        return
+    import json
+    from dataclasses import asdict
+
+    from paceline.bench.machine import describe
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": describe(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def _console() -> Console:
