@@ -35,14 +35,15 @@ def paged_attention(
     cache = step.caches[module.layer_idx]  # type: ignore[index]
     cache.write(step.kv_rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
     outputs = []
-    for segment in step.segments if sliding_window is None else step.windowed[sliding_window]:
-        keys, values = cache.read(segment.blocks)
-        rows = query[0, :, segment.first : segment.stop]
-        keys, values = keys[segment.skip : segment.context], values[segment.skip : segment.context]
-        if s_aux is None:
-            outputs.append(_attend(rows, keys, values, segment.bias, scaling))
-        else:
-            outputs.append(_attend_with_sinks(rows, keys, values, segment.bias, scaling, s_aux))
+    for work in step.works if sliding_window is None else step.windowed[sliding_window]:
+        keys, values = cache.read(work[-1].blocks)  # what the last piece sees, those before it see a part of
+        for segment in work:
+            rows = query[0, :, segment.first : segment.stop]
+            seen = slice(segment.skip, segment.context)
+            if s_aux is None:
+                outputs.append(_attend(rows, keys[seen], values[seen], segment.bias, scaling))
+            else:
+                outputs.append(_attend_with_sinks(rows, keys[seen], values[seen], segment.bias, scaling, s_aux))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 

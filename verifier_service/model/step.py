@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
-PIECE = 256  # query rows of one attention call: bounds the mask's size in a long prefill
+PIECE = 256  # query rows of one attention call, at most: with SCORES, bounds its memory in a long prefill
+SCORES = 1 << 21  # of a head in one attention call, at most, but for LEAST_PIECE rows
+LEAST_PIECE = 16
+KEPT_MASK = 1 << 20  # entries; a larger mask is made anew for every layer, which costs less than holding a step's
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,20 @@ class Segment:
     """Consecutive tokens first..stop of the step that attend to tokens skip..context of `blocks`, their own included.
 
     blocks: a slot's first ones, or in a sliding window those that any of the rows still sees, with skip as the oldest
-    token seen. bias: float [rows, context - skip], 0 or -inf; None for a single row, which sees them all.
+    token seen.
     """
 
     first: int
     stop: int
     context: int
     blocks: torch.Tensor
-    bias: torch.Tensor | None
+    mask: Callable[[], torch.Tensor] | None
     skip: int = 0
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """float [rows, context - skip], 0 or -inf; None for a single row, which sees them all."""
+        return None if self.mask is None else self.mask()
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,8 @@ class Step:
     token_ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     kv_rows: torch.Tensor  # [tokens]
-    segments: tuple[Segment, ...]
-    works: tuple[tuple[Segment, ...], ...]  # the same segments, by verify row and prefill chunk
-    windowed: dict[int, tuple[Segment, ...]]  # for the layers with a sliding window of so many tokens
+    works: tuple[tuple[Segment, ...], ...]  # by verify row and prefill chunk
+    windowed: dict[int, tuple[tuple[Segment, ...], ...]]  # for the layers with a sliding window of so many tokens
     verify: VerifyWindow | None
     prefill: tuple[PrefillPart, ...]
     longest_context: int
@@ -125,14 +133,14 @@ class StepBuilder:
                 if work.completes_prompt:
                     wanted.append(len(tokens) - 1)
         verified = sum(len(row.token_ids) for row in plan.verify)
-        segments = tuple(segment for work in works for segment in work)
         return Step(
             token_ids=self._indices(tokens),
             positions=self._indices(positions),
             kv_rows=self._tensor(kv_rows[0] if len(kv_rows) == 1 else np.concatenate(kv_rows)),
-            segments=segments,
             works=tuple(works),
-            windowed={window: tuple(self._narrowed(s, window) for s in segments) for window in self._windows},
+            windowed={
+                window: tuple((self._narrowed(s, window),) for work in works for s in work) for window in self._windows
+            },
             verify=self._window(plan.verify, verified) if plan.verify else None,
             prefill=tuple(prefill),
             longest_context=longest,
@@ -145,8 +153,9 @@ class StepBuilder:
     def _segments(self, work: VerifyRow | PrefillChunk, first: int, blocks: torch.Tensor) -> list[Segment]:
         count, size = len(work.token_ids), self.tables.block_tokens
         segments = []
-        for begin in range(0, count, PIECE):
-            end = min(begin + PIECE, count)
+        piece = max(LEAST_PIECE, min(PIECE, SCORES // (work.start + count)))
+        for begin in range(0, count, piece):
+            end = min(begin + piece, count)
             context = work.start + end
             segments.append(
                 Segment(
@@ -154,7 +163,7 @@ class StepBuilder:
                     stop=first + end,
                     context=context,
                     blocks=blocks[: -(-context // size)],
-                    bias=None if end - begin == 1 else self._causal(work.start + begin, context),
+                    mask=None if end - begin == 1 else self._mask(work.start + begin, context),
                 )
             )
         return segments
@@ -171,11 +180,18 @@ class StepBuilder:
             stop=whole.stop,
             context=whole.context - unseen * size,
             blocks=whole.blocks[unseen:],
-            bias=None if rows == 1 else self._causal(whole.context - rows, whole.context, oldest, window),
+            mask=None if rows == 1 else self._mask(whole.context - rows, whole.context, oldest, window),
             skip=oldest - unseen * size,
         )
 
-    def _causal(self, start: int, context: int, oldest: int = 0, window: int | None = None) -> torch.Tensor:
+    def _mask(self, start: int, context: int, oldest: int = 0, window: int | None = None) -> Callable[[], torch.Tensor]:
+        make = partial(self._causal, start, context, oldest, window)
+        if (context - start) * (context - oldest) > KEPT_MASK:
+            return make
+        made = make()
+        return lambda: made
+
+    def _causal(self, start: int, context: int, oldest: int, window: int | None) -> torch.Tensor:
         """Of rows start..context over tokens oldest..context."""
         token, row = self._counting[oldest:context], self._counting[start:context, None]
         hidden = token > row

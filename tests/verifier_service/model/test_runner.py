@@ -154,6 +154,9 @@ def test_a_missing_weight_is_named(targets, tmp_path):
 
 def test_a_long_prompts_attention_in_pieces_equals_the_whole(targets, monkeypatch):
     monkeypatch.setattr("verifier_service.model.step.PIECE", 7)
+    monkeypatch.setattr("verifier_service.model.step.SCORES", 40)
+    monkeypatch.setattr("verifier_service.model.step.LEAST_PIECE", 3)
+    monkeypatch.setattr("verifier_service.model.step.KEPT_MASK", 60)  # some are kept, some made anew
     directory, texts, expected = targets["llama"]
     steps = schedule(texts, tiny_targets.VOCABULARY, seed=5)
     runner = make_runner(directory)
