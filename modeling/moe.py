@@ -14,6 +14,7 @@ from torch import nn
 from modeling.fixed_linear import Linear, fixed_linear
 from modeling.gates import Gate, silu_gate
 from modeling.parallel import RankGroup
+from modeling.quantized.packed import Weight
 
 # float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]
 Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -23,8 +24,8 @@ Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class SharedExpert:
     """An expert that sees every token; gate: weighs it by a sigmoid. gate_up: [2 x width / size, hidden]."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor  # [hidden, width / size]
+    gate_up: Weight
+    down: Weight  # [hidden, width / size]
     gate: torch.Tensor | None  # [1, hidden]
 
 
@@ -35,8 +36,8 @@ class ExpertWeights:
     Biases [experts, the same rows]; down's is added once: only the first rank has it.
     """
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
@@ -88,15 +89,16 @@ class SparseMoe(nn.Module):
         return self.ranks.sum_(total).view(hidden.shape)
 
 
-def unpacked_experts(weights: ExpertWeights, gate: Gate = silu_gate) -> Experts:
-    """Experts whose weights are plain matrices, computed the way that suits their device."""
-    return GroupedExperts(weights, gate) if weights.gate_up.is_cuda else LoopedExperts(weights, gate)
+def make_experts(weights: ExpertWeights, gate: Gate = silu_gate) -> Experts:
+    """Experts computed the way that suits their weights: of packed ones, the chosen are dequantized one at a time."""
+    grouped = all(isinstance(weight, torch.Tensor) and weight.is_cuda for weight in (weights.gate_up, weights.down))
+    return GroupedExperts(weights, gate) if grouped else LoopedExperts(weights, gate)
 
 
 class LoopedExperts:
-    """On CPU: the chosen experts one after the other, each over its own tokens with its own packed weights.
+    """On CPU, or if quantized: the chosen experts one after the other, each over its own tokens.
 
-    As fast as a grouped product over unpacked weights, or faster, from one token to a long prefill.
+    On CPU as fast as a grouped product over unpacked weights, or faster, from one token to a long prefill.
     """
 
     def __init__(self, weights: ExpertWeights, gate: Gate):
@@ -123,23 +125,25 @@ class GroupedExperts:
     """On CUDA: pairs of token and expert sorted by expert, one grouped product each way."""
 
     def __init__(self, weights: ExpertWeights, gate: Gate):
-        self.weights, self.gate = weights, gate
+        assert isinstance(weights.gate_up, torch.Tensor), "a grouped product wants plain matrices"
+        assert isinstance(weights.down, torch.Tensor), "a grouped product wants plain matrices"
+        self.gate_up, self.down = weights.gate_up, weights.down
+        self.gate_up_bias, self.down_bias, self.gate = weights.gate_up_bias, weights.down_bias, gate
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        own = self.weights
         pairs = chosen.view(-1)
         order = torch.argsort(pairs)
-        ends = torch.cumsum(torch.bincount(pairs, minlength=len(own.gate_up)), 0, dtype=torch.int32)
-        rows = _grouped(x[order // chosen.shape[1]], own.gate_up, ends)  # [pairs, 2 x width], grouped by expert
-        if own.gate_up_bias is not None:
-            rows = rows.add_(own.gate_up_bias[pairs[order]])
-        rows = _grouped(self.gate(rows), own.down, ends)
-        if own.down_bias is not None:
-            rows = rows.add_(own.down_bias[pairs[order]])
+        ends = torch.cumsum(torch.bincount(pairs, minlength=len(self.gate_up)), 0, dtype=torch.int32)
+        rows = _grouped(x[order // chosen.shape[1]], self.gate_up, ends)  # [pairs, 2 x width], grouped by expert
+        if self.gate_up_bias is not None:
+            rows = rows.add_(self.gate_up_bias[pairs[order]])
+        rows = _grouped(self.gate(rows), self.down, ends)
+        if self.down_bias is not None:
+            rows = rows.add_(self.down_bias[pairs[order]])
         return _combined(rows, order, weights)
 
 
-def _linears(weight: torch.Tensor, bias: torch.Tensor | None) -> list[Linear]:
+def _linears(weight: Weight, bias: torch.Tensor | None) -> list[Linear]:
     return [fixed_linear(weight[e], None if bias is None else bias[e]) for e in range(len(weight))]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from modeling.fixed_linear import fixed_linear
 from modeling.host_exchange import HostExchange, open_host_exchange
+from modeling.quantized.packed import Weight
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def join_ranks(rank: int, size: int, group: dist.ProcessGroup | None, device: st
 class ColumnParallelLinear(nn.Module):
     """y_r = x W_r^T (+ bias_r). weight: [out / size, in], this rank's output columns."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.multiply = fixed_linear(weight, bias)
@@ -82,7 +83,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = sum over ranks of x_r W_r^T (+ bias, once). weight: [out, in / size], this rank's input columns."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, ranks: RankGroup):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, ranks: RankGroup):
         super().__init__()
         alone = ranks.size == 1
         self.multiply = fixed_linear(weight, bias if alone else None)
@@ -97,7 +98,7 @@ class RowParallelLinear(nn.Module):
 class VocabularyHead(nn.Module):
     """Output head divided by vocabulary: logits reach rank 0 only. weight: [vocabulary / size, hidden]."""
 
-    def __init__(self, weight: torch.Tensor, vocabulary: int, ranks: RankGroup):
+    def __init__(self, weight: Weight, vocabulary: int, ranks: RankGroup):
         super().__init__()
         self.multiply = fixed_linear(weight)
         self.vocabulary = vocabulary

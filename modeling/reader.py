@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from modeling.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' words for dtypes whose entries mean themselves
 
 
 class CheckpointReader:
@@ -25,7 +26,7 @@ class CheckpointReader:
         self.directory = Path(directory)
         self._file_of = _index(self.directory)  # tensor name -> file
         self._open: dict[Path, Any] = {}
-        self._slices: dict[str, Any] = {}
+        self._read: set[str] = set()
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -38,15 +39,35 @@ class CheckpointReader:
         """Shape on disk, read from the file's header."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Safetensors' word for the dtype on disk: "F32", "BF16", "F8_E4M3", "U8", ..."""
+        return str(self._slice(name).get_dtype())
+
+    @property
+    def tensors_read(self) -> int:
+        """Of how many tensors something was read."""
+        return len(self._read)
+
+    def unread(self) -> list[str]:
+        """Names of which nothing was read yet, sorted."""
+        return sorted(self._file_of.keys() - self._read)
+
     def read(
         self, name: str, slices: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """The tensor, or the part that `slices` selects (leading dimensions; missing ones are whole), on the CPU.
 
-        dtype: converted to it; None keeps the one on disk. The result owns its memory: the file may go.
-        Raises CheckpointError for an unknown name or a shard that lacks the tensor.
+        dtype: converted to it; None keeps the one on disk. The result owns its memory: the file may go. Nothing else
+        of the tensor is copied: a slice is one of the mapped file until then.
+        Raises CheckpointError for an unknown name, a shard that lacks the tensor, and codes to be converted to numbers.
         """
         view = self._slice(name)
+        if dtype is not None and view.get_dtype() not in NUMBERS:
+            raise CheckpointError(
+                f"{name} in {self._file_of[name]} is packed ({view.get_dtype()}), and quantization_config in "
+                "config.json does not say how: take the checkpoint's own config.json"
+            )
+        self._read.add(name)
         shape = tuple(view.get_shape())
         if slices is not None and len(slices) > len(shape):
             raise CheckpointError(f"{name} in {self._file_of[name]} has shape {shape}: {len(slices)} slices do not fit")
@@ -55,7 +76,6 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Unmap every file. Tensors already read stay valid."""
-        self._slices.clear()
         self._open.clear()
 
     def __enter__(self) -> CheckpointReader:
@@ -65,20 +85,18 @@ class CheckpointReader:
         self.close()
 
     def _slice(self, name: str) -> Any:
-        if name not in self._slices:
-            file = self._file_of.get(name)
-            if file is None:
-                raise CheckpointError(
-                    f"checkpoint {self.directory} has no tensor {name!r} ({len(self._file_of)} others): "
-                    "is it the checkpoint of another model?"
-                )
-            try:
-                self._slices[name] = self._mapped(file).get_slice(name)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file} lacks tensor {name!r} that {INDEX} places there ({error}): download that file again"
-                ) from error
-        return self._slices[name]
+        file = self._file_of.get(name)
+        if file is None:
+            raise CheckpointError(
+                f"checkpoint {self.directory} has no tensor {name!r} ({len(self._file_of)} others): "
+                "is it the checkpoint of another model?"
+            )
+        try:
+            return self._mapped(file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} lacks tensor {name!r} that {INDEX} places there ({error}): download that file again"
+            ) from error
 
     def _mapped(self, file: Path) -> Any:
         if file not in self._open:

@@ -26,6 +26,7 @@ from verifier_service.engine import Engine, follow
 from verifier_service.features import FeatureStore
 from verifier_service.fit import check_fit
 from verifier_service.grammar.compiler import GrammarCompiler
+from verifier_service.loading_log import log_progress
 from verifier_service.model.runner import TargetRunner
 from verifier_service.packing import PlanChannel
 from verifier_service.port import EnginePort
@@ -108,6 +109,7 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         dtype=getattr(torch, settings.dtype),
         device=settings.device,
         max_context=settings.max_context,
+        progress=log_progress(log) if rank == 0 else None,
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from modeling.fixed_linear import fixed_linear
 from modeling.parallel import RankGroup
+from modeling.quantized.packed import Weight, stacked_rows
 from verifier_service.model.delta_rule import one_block, one_token, unit
 from verifier_service.model.recurrent_state import RecurrentStates, Verified
 from verifier_service.model.step import PrefillPart, Step, VerifyWindow
@@ -23,15 +24,15 @@ ChunkRule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 class DeltaNetWeights:
     """One layer's tensors on this rank; names and meanings are transformers'."""
 
-    in_proj_qkv: torch.Tensor
-    in_proj_z: torch.Tensor
-    in_proj_b: torch.Tensor
-    in_proj_a: torch.Tensor
+    in_proj_qkv: Weight
+    in_proj_z: Weight
+    in_proj_b: Weight
+    in_proj_a: Weight
     conv1d: torch.Tensor  # [channels, 1, kernel]
     A_log: torch.Tensor
     dt_bias: torch.Tensor
     norm: torch.Tensor
-    out_proj: torch.Tensor
+    out_proj: Weight
 
 
 def split_by_part(
@@ -74,7 +75,7 @@ class RaggedGatedDeltaNet(nn.Module):
         self.key_heads = (self.channels - self.heads * value_dim) // (2 * key_dim)
         # One product for everything that reads the layer's input.
         self.in_proj = fixed_linear(
-            torch.cat([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
+            stacked_rows([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
         )
         self.conv = _frozen(weights.conv1d.squeeze(1))  # [channels, kernel]
         self.conv_rows = _frozen(self.conv.t().contiguous())  # [kernel, channels]

@@ -11,6 +11,7 @@ from torch import nn
 from modeling.families import Family
 from modeling.norms import FusedRMSNorm
 from modeling.parallel import ColumnParallelLinear, RankGroup, RowParallelLinear, VocabularyHead
+from modeling.quantized.packed import Weight
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet, split_by_part
@@ -47,7 +48,7 @@ class RankModel:
 
 
 def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup) -> RankModel:
-    """Fill the meta model with this rank's tensors. Raises CheckpointError for a missing or misshapen one."""
+    """Fill the meta model with this rank's tensors. Raises CheckpointError for a missing, extra or misshapen one."""
     model: Any = empty
     body = model.model
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
@@ -75,11 +76,13 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
                 attention.sinks = nn.Parameter(sinks, requires_grad=False)
             kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
     _fill(body, "", weights, family, ranks)
+    head = VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks)
+    weights.finish()
     return RankModel(
         embedding=embedding,
         layers=tuple(body.layers),
         norm=body.norm,
-        head=VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks),
+        head=head,
         rotary=touchpoints.rotary(model, weights.device),
         kv_shapes=kv_shapes,
         latent_widths=latent_widths,
@@ -103,7 +106,7 @@ def _fill(parent: nn.Module, prefix: str, weights: RankWeights, family: Family, 
 
 
 def _linear(module: nn.Linear, path: str, weights: RankWeights, ranks: RankGroup) -> nn.Module:
-    weight = weights.take(f"{path}.weight", tuple(module.weight.shape))
+    weight = weights.take_matrix(f"{path}.weight", tuple(module.weight.shape))
     bias = None if module.bias is None else weights.take(f"{path}.bias", tuple(module.bias.shape))
     if weights.shards.of(f"{path}.weight").dim == 1:
         return RowParallelLinear(weight, bias, ranks)
@@ -151,11 +154,18 @@ def _delta_net(
     def take(name: str) -> torch.Tensor:
         return weights.take(prefix + name, tuple(module.get_parameter(name).shape))
 
-    if touchpoints.has_interleaved_projections(module):
+    def matrix(name: str) -> Weight:
+        return weights.take_matrix(prefix + name, tuple(module.get_parameter(name).shape))
+
+    qkv: Weight
+    z: Weight
+    b: Weight
+    a: Weight
+    if touchpoints.has_interleaved_projections(module):  # rows change places: kept dequantized if they were packed
         qkvz, ba = take("in_proj_qkvz.weight"), take("in_proj_ba.weight")
         qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // ranks.size, module.head_k_dim)
     else:
-        qkv, z, b, a = (take(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
+        qkv, z, b, a = (matrix(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
     return RaggedGatedDeltaNet(
         DeltaNetWeights(
             in_proj_qkv=qkv,
@@ -166,7 +176,7 @@ def _delta_net(
             A_log=take("A_log"),
             dt_bias=take("dt_bias"),
             norm=take("norm.weight"),
-            out_proj=take("out_proj.weight"),
+            out_proj=matrix("out_proj.weight"),
         ),
         state_layer=state_layer,
         key_dim=module.head_k_dim,
@@ -177,8 +187,8 @@ def _delta_net(
     )
 
 
-def _head(embedding: torch.Tensor, weights: RankWeights, ranks: RankGroup) -> torch.Tensor:
+def _head(embedding: torch.Tensor, weights: RankWeights, ranks: RankGroup) -> Weight:
     if weights.layout.head is None:  # tied: the rank's rows of the embedding that it holds anyway
         start, stop = weights.shards.head.sections[0].part(ranks.rank, ranks.size)
         return embedding[start:stop]
-    return weights.take("lm_head.weight", tuple(embedding.shape))
+    return weights.take_matrix("lm_head.weight", tuple(embedding.shape))

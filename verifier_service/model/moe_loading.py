@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from modeling.gates import ClampedGate
-from modeling.moe import Experts, ExpertWeights, Route, SharedExpert, SparseMoe, unpacked_experts
+from modeling.moe import Experts, ExpertWeights, Route, SharedExpert, SparseMoe, make_experts
 from modeling.parallel import RankGroup
+from modeling.quantized.packed import BlockPacked, Weight, stacked_rows
 from modeling.routing import SigmoidTopK, SoftmaxTopK
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
@@ -44,10 +45,10 @@ def load_moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) ->
 
 
 def _experts(module: Any, prefix: str, weights: RankWeights) -> Experts:
-    return unpacked_experts(
+    return make_experts(
         ExpertWeights(
-            gate_up=weights.take(f"{prefix}experts.gate_up_proj", tuple(module.gate_up_proj.shape)),
-            down=weights.take(f"{prefix}experts.down_proj", tuple(module.down_proj.shape)),
+            gate_up=weights.take_matrix(f"{prefix}experts.gate_up_proj", tuple(module.gate_up_proj.shape)),
+            down=weights.take_matrix(f"{prefix}experts.down_proj", tuple(module.down_proj.shape)),
         )
     )
 
@@ -58,31 +59,34 @@ def _shared_expert(block: Any, prefix: str, weights: RankWeights) -> SharedExper
         return None
     expert = getattr(block, name)
     gate, up, down = (
-        weights.take(f"{prefix}{name}.{part}.weight", tuple(getattr(expert, part).weight.shape))
+        weights.take_matrix(f"{prefix}{name}.{part}.weight", tuple(getattr(expert, part).weight.shape))
         for part in ("gate_proj", "up_proj", "down_proj")
     )
     gating = None
     if hasattr(block, "shared_expert_gate"):
         gating = weights.take(f"{prefix}shared_expert_gate.weight", tuple(block.shared_expert_gate.weight.shape))
-    return SharedExpert(gate_up=torch.cat([gate, up]), down=down, gate=gating)
+    return SharedExpert(gate_up=stacked_rows([gate, up]), down=down, gate=gating)
 
 
 def _gpt_oss(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) -> SparseMoe:
-    """Biases everywhere; the checkpoint multiplies by [in, out] matrices with gate and up columns in turns."""
+    """Biases everywhere; gate and up come in turns, and unpacked matrices are [in, out]."""
 
     def take(name: str) -> torch.Tensor:
         return weights.take(prefix + name, tuple(block.get_parameter(name).shape))
 
+    def take_transposed(name: str) -> Weight:
+        return weights.take_transposed(prefix + name, tuple(block.get_parameter(name).shape))
+
     down_bias = take("experts.down_proj_bias")
     experts = ExpertWeights(
-        gate_up=_gates_first(_transposed(take("experts.gate_up_proj"))),
-        down=_transposed(take("experts.down_proj")),
-        gate_up_bias=_gates_first(take("experts.gate_up_proj_bias")),
+        gate_up=_gates_first(take_transposed("experts.gate_up_proj")),
+        down=take_transposed("experts.down_proj"),
+        gate_up_bias=_biases_first(take("experts.gate_up_proj_bias")),
         down_bias=down_bias if ranks.rank == 0 else None,
     )
     return SparseMoe(
         take("router.weight"),
-        unpacked_experts(experts, ClampedGate(block.experts.alpha, block.experts.limit)),
+        make_experts(experts, ClampedGate(block.experts.alpha, block.experts.limit)),
         None,
         route=SoftmaxTopK(block.router.top_k, normalized=True),
         ranks=ranks,
@@ -90,16 +94,15 @@ def _gpt_oss(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) ->
     )
 
 
-def _transposed(matrices: torch.Tensor) -> torch.Tensor:
-    """[experts, in, out] -> [experts, out, in] in the same memory: only one expert is ever there twice."""
-    turned = matrices.view(len(matrices), matrices.shape[2], matrices.shape[1])
-    for before, after in zip(matrices, turned):
-        after.copy_(before.t().clone(memory_format=torch.contiguous_format))
-    return turned
+def _gates_first(interleaved: Weight) -> Weight:
+    """[experts, gate, up, gate, up, .., ...] -> [experts, all gates, all ups, ...]; a tensor in the same memory."""
+    if isinstance(interleaved, torch.Tensor):
+        return _biases_first(interleaved)
+    assert isinstance(interleaved, BlockPacked), "gate and up are read together"
+    return stacked_rows([interleaved.every(first, 2) for first in (0, 1)])
 
 
-def _gates_first(interleaved: torch.Tensor) -> torch.Tensor:
-    """[experts, gate, up, gate, up, .., ...] -> [experts, all gates, all ups, ...], in the same memory."""
+def _biases_first(interleaved: torch.Tensor) -> torch.Tensor:
     for expert in interleaved:
         expert.copy_(torch.cat([expert[::2], expert[1::2]]))
     return interleaved

@@ -12,7 +12,7 @@ from modeling.families import family_of, shard_map
 from modeling.parallel import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
-from modeling.weights import RankWeights
+from modeling.weights import LoadProgress, RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
@@ -28,7 +28,7 @@ class TargetRunner:
 
     num_blocks x block_tokens: KV capacity in tokens. num_slots: running requests. max_context: None = the
     checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. taps: see set_taps.
-    progress(tensors, bytes): called while weights load.
+    progress: told of every tensor while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -47,7 +47,7 @@ class TargetRunner:
         max_context: int | None = None,
         checkpoint_bytes: int = 0,
         taps: Sequence[int] = (),
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[LoadProgress], None] | None = None,
     ):
         config = read_target_config(target_dir)
         family = family_of(config)

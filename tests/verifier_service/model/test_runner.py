@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling.errors import CheckpointError
+from modeling.weights import LoadProgress
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.model.schedules import (
     BLOCK_TOKENS,
@@ -166,10 +167,12 @@ def test_a_sliding_window_hides_what_the_stock_model_hides(targets, tmp_path):
 
 
 def test_loading_reports_its_progress_and_bytes(targets):
-    seen: list[tuple[int, int]] = []
-    runner = make_runner(targets["qwen3_5_moe"][0], progress=lambda tensors, size: seen.append((tensors, size)))
-    assert [tensors for tensors, _ in seen] == list(range(1, len(seen) + 1))
-    assert seen[-1][1] == runner.weight_bytes
+    seen: list[LoadProgress] = []
+    runner = make_runner(targets["qwen3_5_moe"][0], progress=seen.append)
+    counts = [progress.tensors for progress in seen]
+    assert counts == sorted(counts)
+    assert counts[-1] == seen[0].total
+    assert seen[-1].bytes == runner.weight_bytes
 
 
 def _prompt(tokens: list[int]) -> StepPlan:
