@@ -12,6 +12,8 @@ from cluster.contracts import GrammarSpec
 
 MAX_CHARACTERS = 1 << 17
 LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+# Between the parts of a JSON text. The standard has no limit, and weak models would write nothing else to the end.
+WHITESPACE = r"[ \n\r\t]{1,40}"
 MAX_SHOWN = 300  # characters of the library's message
 
 
@@ -26,7 +28,7 @@ def source(spec: GrammarSpec) -> str:
     try:
         match spec.kind:
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(spec.text)
+                return LLMatcher.grammar_from_json_schema(spec.text, defaults={"whitespace_pattern": WHITESPACE})
             case "regex":
                 return LLMatcher.grammar_from_regex(spec.text)
             case "lark":

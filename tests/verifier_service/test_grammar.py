@@ -309,3 +309,10 @@ def test_equal_grammars_are_compiled_once(compiler):
     assert one.take([1]) == 1
     assert two.take([2, 2, 2]) == 3  # each stands where its own text does
     assert (one.allowed([1] * 9), two.allowed([1] * 9)) == (5, 3)
+
+
+def test_white_space_of_a_json_text_ends(compiler):
+    space = PIECES.index("Ġ")
+    here = compiler.compile(constrained("a", SCHEMA))
+    assert here.take([PIECES.index("{")]) == 1
+    assert here.allowed([space] * 60) == 40

@@ -83,7 +83,8 @@ Method = Callable[[torch.Tensor, _Rows], torch.Tensor]
 
 
 def _truncates(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    """Whether it takes an order of the tokens; min_p alone does not."""
+    return params.top_k > 0 or params.top_p < 1.0
 
 
 def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: _Rows, index: torch.Tensor, method: Method) -> None:
@@ -96,6 +97,8 @@ def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: _Rows, index: torch.
 def _from_all(logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
     ids = torch.arange(logits.shape[1], device=logits.device)
     scaled = logits.to(torch.float64).div_(rows.temperature[:, None])
+    if bool((rows.min_p > 0).any()):
+        scaled.masked_fill_(scaled < scaled.amax(dim=-1, keepdim=True) + rows.min_p.log()[:, None], -torch.inf)
     return race(scaled, ids, rows.keys).argmax(dim=-1)
 
 
