@@ -31,6 +31,7 @@ def replay(
     from modeling.errors import CheckpointError
     from modeling.target_config import target_fingerprint
     from paceline.progress import bar
+    from verifier_service.grammar.compiler import GrammarCompiler
     from verifier_service.model.runner import TargetRunner
     from verifier_service.recorder import read_flight
     from verifier_service.replay import Difference, Replay, sizes
@@ -57,9 +58,12 @@ def replay(
             device=device,
             max_context=context,
         )
+        grammars = None
+        if any(one.request.grammar is not None for one in flight.requests):
+            grammars = GrammarCompiler.load(directory, runner.shape.vocabulary)
         compared, differences, failed = 0, list[Difference](), ""
         with bar("steps", len(flight.steps)) as advance:
-            for step in Replay(flight, runner).steps():
+            for step in Replay(flight, runner, grammars).steps():
                 compared += step.compared
                 differences += step.differences
                 if step.error is not None:

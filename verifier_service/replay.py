@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from cluster.errors import PacelineError
 from verifier_service.acceptance import accepted_drafts
+from verifier_service.grammar.compiler import GrammarCompiler
+from verifier_service.grammar.masks import NO_MASKS, MaskFiller
 from verifier_service.model.face import ForwardOutput, Runner
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 from verifier_service.recorder import Flight, FlightRequest, FlightRow, FlightStep
@@ -57,10 +61,17 @@ def sizes(flight: Flight) -> tuple[int, int, int]:
 
 
 class Replay:
-    """runner: built with `sizes`, on one rank. Every request keeps its slot to the end."""
+    """runner: built with `sizes`, on one rank. Every request keeps its slot to the end.
 
-    def __init__(self, flight: Flight, runner: Runner, chunk_tokens: int = 512):
+    grammars: needed if a request has a grammar.
+    """
+
+    def __init__(
+        self, flight: Flight, runner: Runner, grammars: GrammarCompiler | None = None, chunk_tokens: int = 512
+    ):
         self._flight, self._runner, self._chunk_tokens = flight, runner, chunk_tokens
+        self._grammars = grammars
+        self._masks = MaskFiller(runner.shape.vocabulary)
         self._block_tokens = flight.target.block_tokens
         self._free = iter(range(sizes(flight)[1]))
         self._owned = [0] * len(flight.requests)  # blocks
@@ -101,7 +112,9 @@ class Replay:
         )
         assert output.logits is not None, "the only rank is the first"
         sampled = self._sampled([*verify, *prefill])
-        tokens = sample(output.logits, draws_of(sampled)) if output.logits.shape[0] else []
+        constrained = [rows for rows in sampled if rows.sequence.request.grammar is not None]
+        masks = self._masks.start(constrained)() if constrained else NO_MASKS
+        tokens = sample(output.logits, draws_of(sampled, masks)) if output.logits.shape[0] else []
         recorded = step.samples
         differences = []
         if recorded is not None:
@@ -125,7 +138,7 @@ class Replay:
             count = len(row.token_ids) if row.verify else int(row.completes_prompt)
             if count:
                 end = row.start + (1 if row.verify else len(row.token_ids))  # one past the last token that is certain
-                sequence = _as_it_was(self._flight.requests[row.request], end)
+                sequence = self._as_it_was(self._flight.requests[row.request], end)
                 found.append(SampledRows(sequence, at, count, end, row.token_ids[1:] if row.verify else ()))
             at += count
         return found
@@ -161,9 +174,14 @@ class Replay:
             StepPlan(self._number, verify, prefill, new_blocks=tuple(blocks), decided=decided, heartbeat=bool(decided))
         )
 
-
-def _as_it_was(request: FlightRequest, tokens: int) -> RunningRequest:
-    """The request with its first `tokens` tokens only."""
-    sequence = RunningRequest(request.request, (0, 0), shaping=shaping_of(request.request))
-    sequence.tokens = list(request.token_ids[:tokens])
-    return sequence
+    def _as_it_was(self, request: FlightRequest, tokens: int) -> RunningRequest:
+        """The request with its first `tokens` tokens only."""
+        asked = request.request
+        constraint = None
+        if asked.grammar is not None:
+            assert self._grammars is not None, "a record with a grammar is replayed with a compiler"
+            generated = request.token_ids[len(asked.prompt_ids) : tokens]
+            constraint = self._grammars.compile(replace(asked, generated_ids=generated))
+        sequence = RunningRequest(asked, (0, 0), shaping=shaping_of(asked, constraint))
+        sequence.tokens = list(request.token_ids[:tokens])
+        return sequence

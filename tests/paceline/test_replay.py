@@ -15,8 +15,10 @@ from modeling.target_config import target_fingerprint
 from paceline.replay import replay
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.test_engine import Inbox
+from tests.verifier_service.test_grammar import OPEN, tokenizer
 from tests.verifier_service.test_real_model import PROMPTS, Oracle
 from verifier_service.engine import Engine
+from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.model.face import ForwardOutput
 from verifier_service.model.runner import TargetRunner
 from verifier_service.plan import StepPlan
@@ -43,11 +45,12 @@ class Fragile:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of greedy, sampled and penalised requests, drafted with random success, preempted now and then."""
+    """Of greedy, sampled, penalised and constrained requests, drafted with random success, preempted now and then."""
     directory, records = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("records")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny_targets.build("qwen3_5_moe", directory)
+    tokenizer().save(str(directory / "tokenizer.json"))
     runner = TargetRunner(
         directory, num_blocks=40, block_tokens=BLOCK, num_slots=4, dtype=torch.float32, device="cpu", max_context=128
     )
@@ -60,11 +63,13 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
         EngineInfo("replica/1", "f", 128, runner.shape.vocabulary, 4, 8),
         proposer=Oracle(texts, "partly"),
         recorder=recorder,
+        grammars=GrammarCompiler.load(directory, runner.shape.vocabulary),
     )
     inbox = Inbox()
     for i, prompt in enumerate(PROMPTS):
         sampling = SamplingParams(temperature=float(i % 2), top_p=0.9, frequency_penalty=0.5 * (i == 2))
-        engine.submit(EngineRequest(str(i), prompt, i, 70, sampling=sampling), inbox)
+        grammar = OPEN if i == 3 else None
+        engine.submit(EngineRequest(str(i), prompt, i, 70, sampling=sampling, grammar=grammar), inbox)
     with pytest.raises(RuntimeError, match="bus"):
         engine.run()
     (path,) = records.iterdir()
@@ -85,6 +90,7 @@ def test_the_last_steps_are_kept_for_their_owner_only(record):
     assert [step.step for step in flight.steps] == list(range(LAST - KEPT + 1, LAST + 1))
     assert [step.samples is None for step in flight.steps] == [False] * (KEPT - 1) + [True]
     assert "the card fell off the bus" in flight.reason
+    assert any(one.request.grammar is not None for one in flight.requests)
     assert stat.S_IMODE(record.stat().st_mode) == 0o600
 
 
