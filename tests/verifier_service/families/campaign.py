@@ -108,5 +108,7 @@ from what they had, prompts that begin as others do.
 are those of its stock forward to within {CLOSE:.0e} in float32. *Ties*: tokens where the two best logits of the stock
 model lie within {TIE:.0e} of each other and the engine took the other one; the rest of that text is compared with what
 the stock model says after it. *Preempted*: how often a running request had to give up its blocks. *From cache*: prompt
-tokens that were not computed again. The two-rank runs of {SOCKETS} talk over sockets, the others through shared memory.
+tokens that were not computed again. *Seconds*: of all its schedules, on the machine that wrote the page, whatever else
+it was doing; they are no measure of speed. The two-rank runs of {SOCKETS}
+talk over sockets, the others through shared memory.
 """
