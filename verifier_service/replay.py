@@ -39,10 +39,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One step, run again. compared: rows with a recorded sample. error: what the forward raised.
-
-    Rows of requests with a grammar are run, but give no differences.
-    """
+    """One step, run again. compared: rows with a recorded sample. error: what the forward raised."""
 
     step: int
     compared: int
@@ -120,8 +117,6 @@ class Replay:
         if recorded is not None:
             best = output.logits.amax(dim=-1)
             for rows in sampled:
-                if rows.sequence.request.grammar is not None:
-                    continue  # the record does not hold what its grammar allowed
                 for row in range(rows.row, rows.row + rows.count):
                     if tokens[row] != recorded[row]:
                         gap = float(best[row] - output.logits[row, recorded[row]]) if recorded[row] >= 0 else 0.0

@@ -10,12 +10,12 @@ import pytest
 import torch
 import typer
 
-from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
+from cluster.contracts import EngineInfo, EngineRequest, GrammarSpec, SamplingParams
 from modeling.target_config import target_fingerprint
 from paceline.replay import replay
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.test_engine import Inbox
-from tests.verifier_service.test_grammar import OPEN, tokenizer
+from tests.verifier_service.test_grammar import tokenizer
 from tests.verifier_service.test_real_model import PROMPTS, Oracle
 from verifier_service.engine import Engine
 from verifier_service.grammar.compiler import GrammarCompiler
@@ -26,19 +26,18 @@ from verifier_service.recorder import Flight, FlightRecorder, FlightTarget, read
 from verifier_service.scheduler import SchedulerLimits
 
 KEPT = 12  # steps
-LAST = 40
 BLOCK = 4
 
 
 class Fragile:
-    """A runner that fails in step LAST."""
+    """A runner that fails once request "1", whose grammar is compiled beside the steps, has said a few tokens."""
 
-    def __init__(self, runner: TargetRunner):
-        self._runner = runner
+    def __init__(self, runner: TargetRunner, inbox: Inbox):
+        self._runner, self._inbox = runner, inbox
         self.shape, self.set_taps = runner.shape, runner.set_taps
 
     def forward(self, plan: StepPlan) -> ForwardOutput:
-        if plan.step == LAST:
+        if len(self._inbox.text("1")) > 10:
             raise RuntimeError("the card fell off the bus")
         return self._runner.forward(plan)
 
@@ -57,18 +56,18 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = FlightTarget(str(directory), target_fingerprint(directory), "float32", 1, BLOCK)
     recorder = FlightRecorder(records, "replica/1", target, steps=KEPT)
     texts = {str(i): [(7 * i + j) % 250 for j in range(80)] for i in range(len(PROMPTS))}
+    inbox = Inbox()
     engine = Engine(
-        Fragile(runner),
+        Fragile(runner, inbox),
         SchedulerLimits(slots=4, blocks=40, block_tokens=BLOCK, step_tokens=24, max_waiting=9),
         EngineInfo("replica/1", "f", 128, runner.shape.vocabulary, 4, 8),
         proposer=Oracle(texts, "partly"),
         recorder=recorder,
         grammars=GrammarCompiler.load(directory, runner.shape.vocabulary),
     )
-    inbox = Inbox()
     for i, prompt in enumerate(PROMPTS):
         sampling = SamplingParams(temperature=float(i % 2), top_p=0.9, frequency_penalty=0.5 * (i == 2))
-        grammar = OPEN if i == 3 else None
+        grammar = GrammarSpec("regex", "[a-z]{69}") if i == 1 else None
         engine.submit(EngineRequest(str(i), prompt, i, 70, sampling=sampling, grammar=grammar), inbox)
     with pytest.raises(RuntimeError, match="bus"):
         engine.run()
@@ -87,7 +86,8 @@ def run(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 def test_the_last_steps_are_kept_for_their_owner_only(record):
     flight = read_flight(record)
-    assert [step.step for step in flight.steps] == list(range(LAST - KEPT + 1, LAST + 1))
+    first = flight.steps[0].step
+    assert [step.step for step in flight.steps] == list(range(first, first + KEPT))
     assert [step.samples is None for step in flight.steps] == [False] * (KEPT - 1) + [True]
     assert "the card fell off the bus" in flight.reason
     assert any(one.request.grammar is not None for one in flight.requests)
