@@ -18,6 +18,7 @@ from verifier_service.deployment import Verifier
 
 # Requests beyond the router's own limit still have to reach it, to be told so; and /health and /metrics always.
 SPARE_REQUESTS = 256
+END_S = 5.0  # for a replica to end its processes, after what it may wait for
 
 
 def build(args: Application) -> serve.Application:
@@ -53,8 +54,11 @@ def _verifiers(part: VerifierPart, directory: Any) -> Any:
         ray_actor_options={"num_cpus": part.front_cpus},
         placement_group_bundles=bundles,
         placement_group_strategy=part.placement,
+        graceful_shutdown_timeout_s=part.drain_s + END_S,
     )
-    return verifier.bind(part.settings, bundles[1], make_link, directory, part.start_timeout_s, part.max_step_s)
+    return verifier.bind(
+        part.settings, bundles[1], make_link, directory, part.start_timeout_s, part.max_step_s, part.drain_s
+    )
 
 
 def _drafters(part: DrafterPart, directory: Any) -> Any:

@@ -46,6 +46,11 @@ class VerifierPart(VerifierSettings):
         gt=0,
         description="an engine without a step for so long is replaced; measured steps set a closer limit after warm-up",
     )
+    drain_s: float = Field(
+        default=20.0,
+        ge=0,
+        description="for requests of a replica that stops; what is left resumes on another",
+    )
 
     @property
     def settings(self) -> VerifierSettings:

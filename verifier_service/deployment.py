@@ -25,6 +25,7 @@ from cluster.placement.logs import configure_logs
 from cluster.placement.membership import DRAFTER, VERIFIER, Member, View
 from cluster.placement.process import Main
 from verifier_service.config import VerifierSettings
+from verifier_service.drain import drained
 from verifier_service.health import sickness
 from verifier_service.live_settings import live_settings
 
@@ -34,12 +35,13 @@ ANSWER_S = 5.0
 RANK_MAIN = "verifier_service.rank:run_rank"
 
 
-@serve.deployment(name="Verifier", health_check_period_s=2, health_check_timeout_s=10, graceful_shutdown_timeout_s=5)
+@serve.deployment(name="Verifier", health_check_period_s=2, health_check_timeout_s=10)
 class Verifier:
     """settings: of this replica. rank_resources: Ray resources of each rank's bundle.
 
     make_link: builds rank 0's end of the link; chosen by the composition root, since it may hold a drafter.
     directory: handle of the Directory. start_timeout_s: from process start to a loaded engine. max_step_s: see health.
+    drain_s: for requests under way when Serve asks the replica to stop; what is left then resumes on another engine.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it: starting takes many seconds
@@ -50,10 +52,11 @@ class Verifier:
         directory: Any,
         start_timeout_s: float,
         max_step_s: float,
+        drain_s: float,
     ) -> None:
         configure_logs()
         self.id = serve.get_replica_context().replica_id.unique_id
-        self._settings, self._max_step_s = settings, max_step_s
+        self._settings, self._max_step_s, self._drain_s = settings, max_step_s, drain_s
         self._status: Status | None = None
         self._drafters: tuple[str, ...] = ()
         self._gang = Gang(
@@ -82,8 +85,11 @@ class Verifier:
     async def check_health(self) -> None:
         self._lifeline.raise_if_sick()
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
+        """Serve awaits it. New requests go elsewhere, those under way have `drain_s`, then the ranks end."""
         if hasattr(self, "_lifeline"):
+            await self._lifeline.withdraw()
+            await drained(self._engine, self._drain_s)
             self._lifeline.stop()
 
     async def _start(self, make_link: Callable[..., Any], timeout_s: float) -> str:

@@ -26,6 +26,7 @@ from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.grammar.desk import GrammarDesk, Ticket
+from verifier_service.live_settings import usable
 from verifier_service.model.face import Runner
 from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
@@ -44,7 +45,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 SPARE_COMMANDS = 64  # a step's worth beyond what can wait and run
-MAX_SOFT_DEADLINE_S = 10.0
 
 
 class Engine:
@@ -119,14 +119,7 @@ class Engine:
 
     def configure(self, settings: Configure) -> None:
         """A value that cannot be leaves its setting as it is, which the log tells."""
-        drafts, deadline_s = settings.max_draft_tokens, settings.soft_deadline_s
-        if drafts is not None and drafts < 0:
-            log.warning("max_draft_tokens %d is ignored: 0 is plain decoding, otherwise at least 1", drafts)
-            drafts = None
-        if deadline_s is not None and not 0 < deadline_s <= MAX_SOFT_DEADLINE_S:
-            log.warning("soft_deadline_s %s is ignored: it is above 0, at most %g s", deadline_s, MAX_SOFT_DEADLINE_S)
-            deadline_s = None
-        self._drafting.configure(Configure(drafts, deadline_s))
+        self._drafting.configure(usable(settings))
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         self._drafting.set_drafters(addresses)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from msgspec.structs import asdict
 from pydantic import ValidationError
 
 from cluster.contracts import Configure
 from verifier_service.config import SpeculationSettings
+
+log = logging.getLogger(__name__)
 
 _SIGNS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= "}
 
@@ -32,6 +36,17 @@ def live_settings(user_config: dict[str, Any]) -> Configure:
             f"user_config of Verifier: {key} is {given[key]!r}, but {limits} ({first['msg'].lower()})"
         ) from error
     return Configure(**{key: getattr(settings, key) for key in given})
+
+
+def usable(settings: Configure) -> Configure:
+    """What can work of settings that came over the wire: the rest is logged, and leaves its setting as it is."""
+    good: dict[str, Any] = {}
+    for name, value in asdict(settings).items():
+        try:
+            good[name] = getattr(live_settings({name: value}), name)
+        except ValueError as error:
+            log.warning("%s; it is ignored", error)
+    return Configure(**good)
 
 
 def _limits(key: str) -> str:

@@ -85,10 +85,6 @@ class PlanChannel:
         self._group = group
         self._first = torch.zeros(FIRST_WORDS, dtype=torch.int64)
 
-    @property
-    def has_followers(self) -> bool:
-        return self._group is not None
-
     def send(self, plan: StepPlan) -> None:
         if self._group is None:
             return

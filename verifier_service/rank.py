@@ -131,17 +131,18 @@ def build_engine(
         fuser = FeatureFuser.load(settings.drafter, getattr(torch, settings.dtype), settings.device)
         block_size = fuser.block_size
         make_proposer = partial(_proposer, settings, fuser, make_link, engine_id, fingerprint, runner.shape.vocabulary)
+    limits = _limits(settings)
     info = EngineInfo(
         engine_id=engine_id,
         target_fingerprint=fingerprint,
-        max_context=runner.shape.max_context,
+        max_context=min(runner.shape.max_context, limits.blocks * limits.block_tokens),
         vocabulary=runner.shape.vocabulary,
         max_requests=settings.max_requests,
         block_size=block_size,
     )
     return Engine(
         runner,
-        _limits(settings),
+        limits,
         info,
         proposer=make_proposer(),
         make_proposer=make_proposer,

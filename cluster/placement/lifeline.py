@@ -29,6 +29,7 @@ class Lifeline:
         self._id, self._gang, self._directory, self._check = member_id, gang, directory, check
         self._sickness: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._others: list[asyncio.Task[None]] = []
 
     def start(self, *others: Coroutine[Any, Any, None]) -> None:
         """Begin watching; `others` run beside it for as long as the replica lives."""
@@ -36,10 +37,18 @@ class Lifeline:
             task = asyncio.create_task(coroutine)
             task.add_done_callback(self._finished)
             self._tasks.append(task)
+        self._others = self._tasks[2:]
 
     def raise_if_sick(self) -> None:
         if self._sickness is not None:
             raise EngineDiedError(self._sickness)
+
+    async def withdraw(self) -> None:
+        """Out of the directory for good; what ran beside the watch ends. The gang is still watched."""
+        for task in self._others:
+            task.cancel()
+        await asyncio.gather(*self._others, return_exceptions=True)
+        await leave(self._directory, self._id)
 
     def stop(self) -> None:
         for task in self._tasks:

@@ -18,7 +18,7 @@ from ray import serve
 
 from cluster.api.engine_client import EngineClient
 from cluster.contracts import Status
-from cluster.placement.membership import VERIFIER, View
+from cluster.placement.membership import VERIFIER, Member, View
 from cluster.placement.secret import drawn_once
 from cluster.tls import Access
 from deploy.file import read_deploy_file
@@ -46,11 +46,15 @@ class Served:
                     pids[entry["name"]] = int(ray.get(actor.pid.remote(), timeout=2))
         return pids
 
-    def verifiers(self) -> list[str]:
-        """Addresses of engine ports."""
+    def members(self) -> tuple[Member, ...]:
+        """Verifiers, as the directory lists them."""
         handle = serve.get_deployment_handle("Directory", self.name)
         view: View = handle.watch.remote("", 0.0).result(timeout_s=10)
-        return [member.address for member in view.of(VERIFIER)]
+        return view.of(VERIFIER)
+
+    def verifiers(self) -> list[str]:
+        """Addresses of engine ports."""
+        return [member.address for member in self.members()]
 
     @property
     def secret(self) -> str:

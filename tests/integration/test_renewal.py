@@ -106,3 +106,9 @@ def test_a_link_that_fails_in_an_unforeseen_way_is_made_again_and_no_text_change
         drafter.stop()
     assert before["drafting_failures"] == 1
     assert after["draft_answers"] > before["draft_answers"]
+
+
+def test_a_context_is_no_longer_than_the_cache_is_large(pair):
+    settings = verifier(pair, "none").model_copy(update={"kv_cache_tokens": 100})
+    assert build_engine(settings, target(pair), None, "small", None).info.max_context == 96  # whole blocks of 16
+    assert build_engine(verifier(pair, "none"), target(pair), None, "large", None).info.max_context == 256

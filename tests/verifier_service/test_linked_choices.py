@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cluster.contracts import Configure
 from tests.verifier_service.test_engine import Inbox, make_engine, request, running
 from tests.verifier_service.test_linked import BLOCK, CheckedLink, drive, linked
 from verifier_service.control import SpeculationControl
@@ -80,13 +80,24 @@ def test_a_resting_engine_sends_no_prompts(running, settings):
 @pytest.mark.parametrize("values", [(-1, None), (None, 0.0), (None, 10.5), (None, -1.0), (None, float("nan"))])
 def test_settings_that_cannot_work_are_ignored_and_logged(running, caplog, values):
     link = CheckedLink()
-    proposer = linked(link)
-    with caplog.at_level(logging.ERROR):
-        proposer.configure(*values)
+    engine = make_engine(proposer=linked(link))
+    engine.configure(Configure(*values))
     assert "is ignored" in caplog.text
-    counters = drive(link, proposer, running, names=1)
-    assert counters["accepted_tokens"] > 0
+    inbox = Inbox()
+    running(engine).submit(request("a", output=20), inbox)
+    inbox.wait("a")
+    assert engine.status().counters["accepted_tokens"] > 0
     assert set(link.waits) == {0.01}
+
+
+def test_a_setting_that_can_work_is_taken_beside_one_that_cannot(running):
+    link = CheckedLink()
+    engine = make_engine(proposer=linked(link))
+    engine.configure(Configure(max_draft_tokens=-1, soft_deadline_s=0.02))
+    inbox = Inbox()
+    running(engine).submit(request("a", output=20), inbox)
+    inbox.wait("a")
+    assert set(link.waits) == {0.02}
 
 
 def test_catching_up_counts_as_time_spent_on_drafting(monkeypatch):

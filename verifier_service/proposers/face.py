@@ -51,7 +51,7 @@ class Proposer(Protocol):
         """These cached KV blocks are gone, and nothing kept beside them will be asked for."""
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
-        """None leaves a setting as it is."""
+        """None leaves a setting as it is. Values are within the bounds of live_settings."""
 
     def set_drafters(self, addresses: Sequence[str]) -> None: ...
 

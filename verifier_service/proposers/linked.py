@@ -21,8 +21,6 @@ from verifier_service.sequence import Progress, RunningRequest
 
 log = logging.getLogger(__name__)
 
-LONGEST_SOFT_DEADLINE_S = 10.0
-
 
 class LinkProposer:
     """A Proposer over a VerifierLink. Whatever the drafter does or fails to do costs speed only.
@@ -119,18 +117,10 @@ class LinkProposer:
         self._store.forget_blocks(hashes)
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
-        """Values that cannot work are ignored: they may come from another process, and must not end drafting."""
         if max_draft_tokens is not None:
-            if max_draft_tokens >= 0:
-                self._max_draft_tokens = max_draft_tokens
-            else:
-                log.error("max_draft_tokens %r is ignored: it must be 0 or more", max_draft_tokens)
+            self._max_draft_tokens = max_draft_tokens
         if soft_deadline_s is not None:
-            if 0 < soft_deadline_s <= LONGEST_SOFT_DEADLINE_S:
-                self._patience.soft_deadline_s = soft_deadline_s
-            else:
-                limit = LONGEST_SOFT_DEADLINE_S
-                log.error("soft_deadline_s %r is ignored: it must be above 0 and at most %g", soft_deadline_s, limit)
+            self._patience.soft_deadline_s = soft_deadline_s
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         self._link.set_drafters(addresses)
