@@ -11,29 +11,22 @@ import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
 from cluster.errors import PacelineError
+from cluster.own_process import read_settings, when_orphaned
 from deploy.link import make_link
 from verifier_service.config import VerifierSettings
 from verifier_service.fit import check_fit
-
-PARENT_CHECK_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    if options.exit_with_parent:
-        threading.Thread(target=_follow_parent, args=(os.getppid(),), name="parent-watch", daemon=True).start()
-    try:
-        settings = VerifierSettings.model_validate_json(options.settings)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            print(f"--settings {'.'.join(map(str, item['loc']))}: {item['msg']}", file=sys.stderr)
+    if options.exit_with_parent:  # at once: the main thread may be in a collective that nobody will ever answer
+        when_orphaned(os.getppid(), lambda: os._exit(1))
+    settings = read_settings(VerifierSettings, options.settings)
+    if settings is None:
         return 2
     try:
         check_fit(settings)
@@ -70,13 +63,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_ready(address: str) -> None:
     print(json.dumps({"ready": address}), flush=True)
-
-
-def _follow_parent(parent: int) -> None:
-    waiting = threading.Event()
-    while os.getppid() == parent:
-        waiting.wait(PARENT_CHECK_S)
-    os._exit(1)  # the main thread may be in a collective that nobody will ever answer
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from modeling.dflash import SLIDING, DFlashConfig, DraftCheckpointError, drafter
 from modeling.errors import CheckpointError
 from modeling.fixed_linear import Linear, fixed_linear
 from modeling.head import load_embedding_and_head
+from modeling.pair import PairError, check_pair
 from modeling.target_config import TargetConfig, read_target_config, target_fingerprint
 
 
@@ -58,30 +59,10 @@ def load_drafter(settings: DrafterSettings) -> LoadedDrafter:
         return _load(settings)
     except DraftCheckpointError as error:
         raise ConfigError(f"drafter.checkpoint: {error}") from error
+    except PairError as error:
+        raise ConfigError(f"drafter.checkpoint does not fit drafter.target: {error}") from error
     except CheckpointError as error:
         raise ConfigError(f"drafter.target: {error}") from error
-
-
-def check_pair(draft: DFlashConfig, target: TargetConfig) -> None:
-    """Raises ConfigError if the drafter was not made for such a target."""
-    of_draft, of_target = draft.directory / "config.json", target.directory / "config.json"
-    for field, value, other, expected in (
-        ("hidden_size", draft.hidden, "hidden_size", target.hidden),
-        ("vocab_size", draft.vocabulary, "vocab_size", target.vocabulary),
-        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.layers),
-    ):
-        if value != expected:
-            raise ConfigError(
-                f"drafter.checkpoint does not fit drafter.target: {field} is {value} in {of_draft}, but {other} is "
-                f"{expected} in {of_target}; use a drafter that was trained for this target"
-            )
-    if not 0 <= draft.mask_token_id < target.vocabulary:
-        raise ConfigError(
-            f"drafter.checkpoint does not fit drafter.target: mask_token_id is {draft.mask_token_id} in {of_draft}, "
-            f"outside the vocabulary of {target.vocabulary} in {of_target}"
-        )
-    if draft.block_size < 2:
-        raise ConfigError(f"drafter.checkpoint: block_size is {draft.block_size} in {of_draft}; no draft fits in it")
 
 
 def context_window(config: DFlashConfig, settings: DrafterSettings, target: TargetConfig) -> int:

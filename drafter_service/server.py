@@ -12,16 +12,14 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-from pydantic import ValidationError
 
 from cluster.errors import ConfigError
 from cluster.link.drafter_end import DrafterServer
+from cluster.own_process import read_settings, when_orphaned
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
 
 log = logging.getLogger(__name__)
-
-PARENT_CHECK_S = 0.5
 
 
 def serve(
@@ -75,18 +73,14 @@ def serve(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 for settings that cannot be served."""
     options = _parser().parse_args(arguments)
-    try:
-        settings = DrafterSettings.model_validate_json(options.settings)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            print(f"--settings {'.'.join(map(str, item['loc']))}: {item['msg']}", file=sys.stderr)
+    settings = read_settings(DrafterSettings, options.settings)
+    if settings is None:
         return 2
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if options.exit_with_parent is not None:
-        parent = options.exit_with_parent or os.getppid()
-        threading.Thread(target=_watch_parent, args=(parent, stop), name="parent-watch", daemon=True).start()
+        when_orphaned(options.exit_with_parent or os.getppid(), stop.set)
     try:
         serve(settings, options.host, options.port, _print_ready, stop)
     except (ConfigError, OSError) as error:
@@ -116,13 +110,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_ready(address: str) -> None:
     print(json.dumps({"ready": address}), flush=True)
-
-
-def _watch_parent(parent: int, stop: threading.Event) -> None:
-    """An orphan gets another parent. (A parent-death signal would come when the parent's *thread* ends.)"""
-    while os.getppid() == parent and not stop.wait(PARENT_CHECK_S):
-        pass
-    stop.set()
 
 
 if __name__ == "__main__":

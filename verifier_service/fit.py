@@ -8,6 +8,7 @@ from cluster.errors import ConfigError
 from modeling.dflash_config import DFlashConfig, DraftCheckpointError
 from modeling.errors import CheckpointError
 from modeling.families import shard_map
+from modeling.pair import PairError, check_pair
 from modeling.target_config import TargetConfig, read_target_config
 from verifier_service.config import VerifierSettings
 
@@ -36,32 +37,9 @@ def check_fit(settings: VerifierSettings) -> Fit:
         return Fit(target, None)
     try:
         drafter = DFlashConfig.load(settings.drafter)
+        check_pair(drafter, target)
     except DraftCheckpointError as error:
         raise ConfigError(f"verifier.drafter: {error}") from error
-    _check_pair(drafter, target)
+    except PairError as error:
+        raise ConfigError(f"verifier.drafter does not fit verifier.target: {error}") from error
     return Fit(target, drafter)
-
-
-def _check_pair(drafter: DFlashConfig, target: TargetConfig) -> None:
-    cure = "use a drafter that was trained for this target"
-    beyond = [layer for layer in drafter.target_layer_ids if layer >= target.layers]
-    if beyond:
-        raise ConfigError(
-            f"verifier.drafter {drafter.directory} taps the target's layers {beyond}, but {target.directory} has "
-            f"layers 0..{target.layers - 1}: {cure}"
-        )
-    for key, of_drafter, theirs, of_target in (
-        ("hidden_size", drafter.hidden, "hidden_size", target.hidden),
-        ("vocab_size", drafter.vocabulary, "vocab_size", target.vocabulary),
-        ("num_target_layers", drafter.num_target_layers, "num_hidden_layers", target.layers),
-    ):
-        if of_drafter != of_target:
-            raise ConfigError(
-                f"verifier.drafter {drafter.directory} does not fit verifier.target: {key} is {of_drafter}, but "
-                f"{theirs} is {of_target} in {target.directory}: {cure}"
-            )
-    if not 0 <= drafter.mask_token_id < target.vocabulary:
-        raise ConfigError(
-            f"verifier.drafter {drafter.directory} does not fit verifier.target: mask_token_id {drafter.mask_token_id} "
-            f"is outside the vocabulary of {target.vocabulary} in {target.directory}: {cure}"
-        )

@@ -64,7 +64,7 @@ def test_taps_beyond_the_target_are_refused(arguments, change):
 
 def test_a_mask_token_outside_the_vocabulary_is_refused(arguments, change):
     change("drafter", dflash_config={"target_layer_ids": [1, 2], "mask_token_id": 100})
-    assert "mask_token_id 100" in refusal(arguments)
+    assert "mask_token_id is 100" in refusal(arguments)
 
 
 def test_ranks_that_cannot_share_the_heads_are_refused(arguments):
