@@ -53,13 +53,21 @@ class Writer:
         self._inbox: queue.SimpleQueue[list[Delta]] = queue.SimpleQueue()
 
     def run(
-        self, prompts: list[sequences.Prompt], new_tokens: int, temperature: float, seed: int, finished: Finished
+        self,
+        prompts: list[sequences.Prompt],
+        new_tokens: int,
+        temperature: float,
+        seed: int,
+        finished: Finished,
+        through_cycles: bool = False,
     ) -> None:
         """Calls `finished` for each, in the order in which they end. Once only: the engine stops at the end.
 
+        through_cycles: texts go on where they begin to repeat themselves, instead of being cut there.
         Raises RuntimeError for a prompt that the engine refuses, queue.Empty if it is silent for SILENCE_S.
         """
         texts: dict[str, list[int]] = {}
+        end = len if through_cycles else first_cycle
         waiting = iter(enumerate(prompts))
 
         def start() -> None:
@@ -86,13 +94,17 @@ class Writer:
                         raise RuntimeError(f"prompt {name} cannot be continued: {delta.error}")
                     if delta.finish:
                         prompt = prompts[int(name)]
-                        finished(prompt, text[: sequences.cut_cycle(text, 0)])
+                        finished(prompt, text[: end(text)])
                         del texts[name]
                         start()
-                    elif len(text) % LOOK_EVERY == 0 and sequences.cut_cycle(text, 0) < len(text):
+                    elif len(text) % LOOK_EVERY == 0 and end(text) < len(text):
                         self._engine.abort(name)
         finally:
             self._engine.stop()
+
+
+def first_cycle(text: list[int]) -> int:
+    return sequences.cut_cycle(text, 0)
 
 
 def main() -> None:

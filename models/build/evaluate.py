@@ -4,7 +4,8 @@
         --prompts build/prompts/held-out-code.jsonl
 
 tau = tokens per target step (accepted + bonus). Because output does not depend on drafting, the target writes its text
-first and the drafter's blocks are then compared along it: the same figure as serving gives. Steps that begin inside a
+first, on the project's own engine, and the drafter's blocks are then compared along it: the same figure as serving
+gives. Steps that begin inside a
 repeated cycle (`paceline.bench.loops`) are left out of "tau outside loops"; loop_share is their share of the tokens.
 """
 
@@ -22,6 +23,7 @@ from drafter_service.model import DFlashModel
 from drafter_service.training import sequences
 from drafter_service.training.objective import block_hidden
 from drafter_service.training.target import TrainingTarget
+from models.build.continuations import LONGEST, Writer
 from paceline.bench.loops import in_loops
 
 
@@ -43,29 +45,34 @@ class Tau:
         }
 
 
+Text = tuple[sequences.Prompt, list[int]]  # a prompt and what the target writes after it
+
+
+def written(
+    target: Path, stop: int, prompts: list[sequences.Prompt], new_tokens: int, temperature: float
+) -> list[Text]:
+    """The target's texts, cycles included, in the order of `prompts`; prompt i is sampled with seed i."""
+    texts: dict[sequences.Prompt, list[int]] = {}
+    writer = Writer(target, frozenset({stop}), concurrency=32)
+    writer.run(prompts, new_tokens, temperature, 0, texts.__setitem__, through_cycles=True)
+    return [(prompt, texts[prompt]) for prompt in prompts]
+
+
 @torch.inference_mode()
-def measure(
-    target: TrainingTarget, drafter: DFlashModel, prompts: list[sequences.Prompt], new_tokens: int, temperature: float
-) -> Tau:
+def measure(target: TrainingTarget, drafter: DFlashModel, texts: list[Text]) -> Tau:
     counts = [0, 0, 0, 0]
-    by_length: dict[int, list[sequences.Prompt]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(prompt.ids), []).append(prompt)
-    for length, group in sorted(by_length.items()):
-        ids = torch.tensor([prompt.ids for prompt in group])
-        for row in target.generate(ids, new_tokens, temperature):
-            end = target.end_of_answer(row, length)
-            looping = in_loops(row[length:end])
-            accepted = drafts_accepted(target, drafter, row[:end], length)
-            position = length
-            while position < end - 1:
-                taken = min(accepted[position - length] + 1, end - 1 - position)
-                outside = not looping[position - length]
-                counts[0] += outside
-                counts[1] += taken * outside
-                counts[2] += 1
-                counts[3] += taken
-                position += taken
+    for prompt, text in texts:
+        looping = in_loops(text)
+        accepted = drafts_accepted(target, drafter, [*prompt.ids, *text], len(prompt.ids))
+        position, last = 0, len(text) - 1
+        while position < last:
+            taken = min(accepted[position] + 1, last - position)
+            outside = not looping[position]
+            counts[0] += outside
+            counts[1] += taken * outside
+            counts[2] += 1
+            counts[3] += taken
+            position += taken
     return Tau(*counts)
 
 
@@ -99,11 +106,10 @@ def main() -> None:
     rows = []
     for path in arguments.prompts:
         prompts = sequences.read(path, target.tokenizer)[0][: arguments.limit]
-        room = target.config.max_position_embeddings - arguments.new_tokens
-        prompts = [prompt for prompt in prompts if len(prompt.ids) <= room]
+        prompts = [prompt for prompt in prompts if len(prompt.ids) <= LONGEST - arguments.new_tokens]
         for temperature in (0.0, 0.8):
-            torch.manual_seed(0)
-            tau = measure(target, drafter, prompts, arguments.new_tokens, temperature)
+            texts = written(arguments.target, target.tokenizer.eos_token_id, prompts, arguments.new_tokens, temperature)
+            tau = measure(target, drafter, texts)
             rows.append({"prompts": path.name, "temperature": temperature, **tau.row()})
             print(json.dumps(rows[-1]), flush=True)
     if arguments.json:

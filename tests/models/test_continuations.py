@@ -6,19 +6,24 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from drafter_service.training import sequences
 from drafter_service.training.target import TrainingTarget
-from models.build import continuations
+from models.build import continuations, evaluate
 
 TARGET = Path(__file__).parents[2] / "models/tiny/target"
 PROMPTS = ("def read(self, size):\n", "class Queue:\n", "import os\n", "for key, value in items:\n")
 
 
-def test_a_continuation_is_the_targets_greedy_text_and_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def target() -> TrainingTarget:
     torch.set_num_threads(1)
-    target = TrainingTarget(TARGET, torch.float32, "cpu")
+    return TrainingTarget(TARGET, torch.float32, "cpu")
+
+
+def test_a_continuation_is_the_targets_greedy_text_and_an_interrupted_run_goes_on(target, tmp_path, monkeypatch):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     read = sequences.read(prompts, target.tokenizer)[0]
@@ -33,3 +38,13 @@ def test_a_continuation_is_the_targets_greedy_text_and_an_interrupted_run_goes_o
     again = out.read_text().splitlines(keepends=True)
     assert again[0] == first
     assert sorted(again[1:]) == sorted(rest)
+
+
+def test_text_to_evaluate_goes_on_where_it_repeats_itself_and_keeps_the_order_of_prompts(target):
+    prompts = [sequences.Prompt(tuple(target.tokenizer(text)["input_ids"])) for text in PROMPTS]
+    texts = evaluate.written(TARGET, target.tokenizer.eos_token_id, prompts, 80, 0.0)
+    assert [prompt for prompt, _ in texts] == prompts
+    assert any(sequences.cut_cycle(text, 0) < len(text) - 8 for _, text in texts)
+    for prompt, text in texts:
+        (row,) = target.generate(torch.tensor([prompt.ids]), 80, 0.0)
+        assert text == row[len(prompt.ids) : target.end_of_answer(row, len(prompt.ids))]
