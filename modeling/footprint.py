@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from modeling.families import ShardMap
+from modeling.kv_dtype import KvDtype, latent_bytes, vector_bytes
 from modeling.quantized.scheme import QuantScheme
 from modeling.target_config import TargetConfig
 
@@ -119,19 +120,22 @@ def active_parameters(parts: tuple[Part, ...], experts: RoutedExperts | None) ->
     return round(sum(part.parameters * (share if part.name == "experts" else 1.0) for part in parts))
 
 
-def cache_footprint(config: TargetConfig, shapes: Shapes, shards: ShardMap, size: int, itemsize: int) -> CacheFootprint:
-    """itemsize: bytes of an element of the cache (the target's dtype; recurrent memory is float32 always)."""
+def cache_footprint(
+    config: TargetConfig, shapes: Shapes, shards: ShardMap, size: int, itemsize: int, kv_dtype: KvDtype = "auto"
+) -> CacheFootprint:
+    """itemsize: bytes of an element in the target's dtype; recurrent memory is float32 always."""
 
     def held(suffix: str) -> list[tuple[int, ...]]:
         return [shards.of(name).part_shape(shape, 0, size) for name, shape in shapes.items() if name.endswith(suffix)]
 
     latents = held("self_attn.kv_a_proj_with_mqa.weight")
-    cached = [*held("self_attn.k_proj.weight"), *held("self_attn.v_proj.weight"), *latents]
+    heads = [*held("self_attn.k_proj.weight"), *held("self_attn.v_proj.weight")]
     outputs = sum(width for _, width in held("self_attn.o_proj.weight"))  # query heads x head_dim
     kv_heads = config.integer("num_key_value_heads", config.integer("num_attention_heads"))
     states = [_state(config, shapes, shards, ranks, itemsize) for ranks in (size, 1)]
     return CacheFootprint(
-        token_bytes=sum(rows for rows, _ in cached) * itemsize,
+        token_bytes=sum(_head_bytes(config, rows, kv_dtype, itemsize) for rows, _ in heads)
+        + sum(_latent_bytes(config, rows, kv_dtype, itemsize) for rows, _ in latents),
         copies=size if latents else max(1, size // kv_heads),
         latent=bool(latents),
         layers=len(held("self_attn.o_proj.weight")),
@@ -140,6 +144,17 @@ def cache_footprint(config: TargetConfig, shapes: Shapes, shards: ShardMap, size
         state_total_bytes=states[1][0],
         replay_bytes=states[0][1],
     )
+
+
+def _head_bytes(config: TargetConfig, rows: int, kv_dtype: KvDtype, itemsize: int) -> int:
+    """Of one token's keys (or values) of one layer's heads, of `rows` elements in all."""
+    dim = config.integer("head_dim", config.hidden // config.integer("num_attention_heads"))
+    return rows // dim * vector_bytes(dim, kv_dtype, itemsize)
+
+
+def _latent_bytes(config: TargetConfig, rows: int, kv_dtype: KvDtype, itemsize: int) -> int:
+    latent = config.integer("kv_lora_rank")
+    return latent_bytes(latent, rows - latent, kv_dtype, itemsize)
 
 
 def _latent_flops(config: TargetConfig, outputs: int) -> int:

@@ -56,6 +56,7 @@ def replay(
             num_slots=max(slots, 1),
             dtype=getattr(torch, dtype or flight.target.dtype),
             device=device,
+            kv_dtype=flight.target.kv_dtype,
             max_context=context,
         )
         grammars = None

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.tls import Access, TlsFiles
+from modeling.kv_dtype import DTYPE_BYTES, KvDtype
 
 
 class Strict(BaseModel):
@@ -67,6 +68,11 @@ class VerifierSettings(Strict):
     max_waiting: int = Field(256, ge=0, description="beyond it a submit is refused as overloaded")
     block_tokens: int = Field(16, ge=1, description="tokens of one KV block")
     kv_cache_tokens: int = Field(65536, ge=16, description="KV capacity in tokens")
+    kv_dtype: KvDtype = Field(
+        "auto",
+        description="of the KV cache: auto = dtype; float8_e4m3 (with a scale for each token and head) holds nearly "
+        "twice the tokens of bfloat16, and rounds keys and values to four significant bits",
+    )
     max_step_tokens: int = Field(2048, ge=16, description="token budget of one step")
     max_context: int | None = Field(None, ge=2, description="None = the checkpoint's own limit")
     prefix_cache: bool = Field(
@@ -93,6 +99,15 @@ class VerifierSettings(Strict):
             raise ValueError(
                 f"speculation.mode is {self.speculation.mode!r} but drafter is not set: name the drafter's "
                 "checkpoint directory, or set speculation.mode to 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_is_no_wider_than_what_it_holds(self) -> VerifierSettings:
+        if self.kv_dtype in DTYPE_BYTES and DTYPE_BYTES[self.kv_dtype] > DTYPE_BYTES[self.dtype]:
+            raise ValueError(
+                f"kv_dtype {self.kv_dtype!r} is wider than dtype {self.dtype!r}, which takes memory and gives nothing: "
+                "set it to 'auto'"
             )
         return self
 

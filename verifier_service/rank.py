@@ -108,6 +108,7 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         num_slots=settings.max_requests,
         dtype=getattr(torch, settings.dtype),
         device=settings.device,
+        kv_dtype=settings.kv_dtype,
         max_context=settings.max_context,
         progress=log_progress(log) if rank == 0 else None,
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
@@ -161,6 +162,7 @@ def _recorder(settings: VerifierSettings, engine_id: str, fingerprint: str) -> F
         settings.dtype,
         settings.tensor_parallel_size,
         settings.block_tokens,
+        settings.kv_dtype,
     )
     return FlightRecorder(settings.flight_recorder, engine_id, target)
 

@@ -17,6 +17,7 @@ import msgspec
 
 from cluster.contracts import EngineRequest
 from cluster.errors import PacelineError
+from modeling.kv_dtype import KvDtype
 from verifier_service.plan import PrefillChunk, VerifyRow
 from verifier_service.sequence import Key, RunningRequest
 
@@ -37,6 +38,7 @@ class FlightTarget(msgspec.Struct, frozen=True):
     dtype: str
     tensor_parallel_size: int
     block_tokens: int
+    kv_dtype: KvDtype = "auto"
 
 
 class FlightRow(msgspec.Struct, frozen=True, array_like=True):

@@ -43,6 +43,7 @@ def engine(
     repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are shown")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    kv_dtype: Annotated[str, typer.Option(help="of the engines' KV caches, as verifier.kv_dtype")] = "auto",
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -62,6 +63,7 @@ def engine(
         repeats=repeat,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     try:
         result = bench(options)

@@ -40,6 +40,7 @@ class EngineOptions:
     repeats: int
     device: str
     dtype: str
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Result:
     def title(self) -> str:
         options = self.options
         left_out = f" ({self.left_out} too long for the context left out)" if self.left_out else ""
+        dtype = options.dtype if options.kv_dtype == "auto" else f"{options.dtype} with {options.kv_dtype} KV"
         return (
-            f"{options.target}, TP {options.tensor_parallel}, {options.dtype} on {options.device}; {self.prompts} "
+            f"{options.target}, TP {options.tensor_parallel}, {dtype} on {options.device}; {self.prompts} "
             f"prompts{left_out}, {options.max_tokens} tokens, temperature {options.temperature:g}, "
             f"median of {options.repeats}"
         )
@@ -87,6 +89,7 @@ def bench(options: EngineOptions) -> Result:
             drafter=options.drafter,
             tensor_parallel=options.tensor_parallel,
             dtype=options.dtype,
+            kv_dtype=options.kv_dtype,
             device=options.device,
             requests=max(options.concurrency),
             context=max(map(len, rendered)) + options.max_tokens,

@@ -25,6 +25,7 @@ class EngineSetup:
     drafter: Path
     tensor_parallel: int
     dtype: str
+    kv_dtype: str
     device: str
     requests: int
     context: int
@@ -39,6 +40,7 @@ class EngineSetup:
                 "drafter": None if mode == "none" else str(self.drafter),
                 "tensor_parallel_size": self.tensor_parallel,
                 "dtype": self.dtype,
+                "kv_dtype": self.kv_dtype,
                 "device": self.device,
                 "max_requests": self.requests,
                 "kv_cache_tokens": self.requests * (self.context + 64),

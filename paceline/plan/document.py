@@ -8,8 +8,9 @@ from typing import Any
 
 from deploy.config import Application
 from modeling.footprint import CacheFootprint, Part, active_parameters, routed_experts
+from modeling.kv_dtype import DTYPE_BYTES
 from paceline.plan.fit import Problem, drafter_problems, verifier_problems
-from paceline.plan.memory import DTYPE_BYTES, DrafterMemory, Limits, RankMemory, drafter_memory, rank_memory
+from paceline.plan.memory import DrafterMemory, Limits, RankMemory, drafter_memory, rank_memory
 from paceline.plan.notes import notes
 from paceline.plan.pool import Load, Pair, Workload
 from paceline.plan.reading import Draft, Inputs, Source

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from modeling.dflash_config import DFlashConfig
 from modeling.families import shard_map
 from modeling.footprint import CacheFootprint, Part, Shapes, Storage, cache_footprint, held_parts
+from modeling.kv_dtype import KvDtype
 from modeling.quantized.scheme import QuantScheme
 from modeling.target_config import TargetConfig
 
 RUNTIME_BYTES = 2 * 10**9  # CUDA context, NCCL buffers, graphs, the allocator's slack: assumed
 ACTIVATIONS = 8  # vectors of the hidden size alive for each token of a step, beside its widest layer's: assumed
 POSITION_BYTES = 8  # beside every row of context KV
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TargetModel:
     scheme: QuantScheme | None
     storage: Storage
     itemsize: int
+    kv_dtype: KvDtype = "auto"
 
     @property
     def packing(self) -> str:
@@ -35,7 +36,8 @@ class TargetModel:
         return held_parts(self.shapes, shard_map(self.config, size), size, self.storage)
 
     def cache(self, size: int) -> CacheFootprint:
-        return cache_footprint(self.config, self.shapes, shard_map(self.config, size), size, self.itemsize)
+        shards = shard_map(self.config, size)
+        return cache_footprint(self.config, self.shapes, shards, size, self.itemsize, self.kv_dtype)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from drafter_service.config import DrafterSettings
 from modeling.dflash_config import DFlashConfig
 from modeling.errors import CheckpointError
 from modeling.footprint import storage_of
+from modeling.kv_dtype import DTYPE_BYTES, KvDtype
 from modeling.quantized.scheme import scheme_of
 from modeling.target_config import configuration_file, read_target_config
 from paceline.plan.gpus import Gpu, gpu_named, gpu_of_bundle
-from paceline.plan.memory import DTYPE_BYTES, DrafterModel, TargetModel, drafter_model
+from paceline.plan.memory import DrafterModel, TargetModel, drafter_model
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def read_inputs(path: Path, options: Options) -> Inputs:
     gpu = _gpu("--gpu", options.gpu, verifier.device, verifier.bundles[1])
     return Inputs(
         application=application,
-        target=_target(target, verifier.dtype),
+        target=_target(target, verifier.dtype, verifier.kv_dtype),
         source=_source(target),
         gpu=gpu,
         draft=None if checkpoint is None else _draft(application, target, checkpoint, options, gpu),
@@ -105,13 +106,14 @@ def _configuration(key: str, given: str, architecture_key: str, architecture: st
     return shipped(architecture_key, architecture)
 
 
-def _target(path: Path, dtype: str) -> TargetModel:
+def _target(path: Path, dtype: str, kv_dtype: KvDtype) -> TargetModel:
     from verifier_service.model.touchpoints import text_shapes  # brings transformers
 
     try:
         config = read_target_config(path)
         scheme, itemsize = scheme_of(config), DTYPE_BYTES[dtype]
-        return TargetModel(config, text_shapes(config), scheme, storage_of(scheme, itemsize), itemsize)
+        storage = storage_of(scheme, itemsize)
+        return TargetModel(config, text_shapes(config), scheme, storage, itemsize, kv_dtype)
     except CheckpointError as error:
         raise ConfigError(f"verifier.target: {error}") from error
 

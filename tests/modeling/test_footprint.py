@@ -80,6 +80,22 @@ def test_latents_are_the_same_on_every_rank():
     assert (cache.token_bytes, cache.copies) == (61 * (512 + 64) * 2, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "token_bytes"),
+    [
+        ("qwen3.5-397b-a17b", 15 * 2 * (256 + 2)),
+        ("kimi-k2.5", 61 * (512 + 2 + 2 * 64)),
+        ("gpt-oss-120b", 36 * 2 * (64 + 2)),
+    ],
+)
+def test_fp8_keys_and_values_take_a_byte_an_element_and_two_a_scale(name, token_bytes):
+    config = config_of(name)
+    shards = shard_map(config, 8)
+    assert cache_footprint(config, text_shapes(config), shards, 8, 2, "float8_e4m3").token_bytes == token_bytes
+    as_bfloat16 = cache_footprint(config, text_shapes(config), shards, 8, 4, "bfloat16").token_bytes
+    assert as_bfloat16 == cache_footprint(config, text_shapes(config), shards, 8, 2).token_bytes
+
+
 def test_a_recurrent_state_of_the_397b_is_189_mb():
     config = config_of("qwen3.5-397b-a17b")
     cache = cache_footprint(config, text_shapes(config), shard_map(config, 8), 8, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.contracts import EngineInfo, EngineRequest
+from modeling.kv_dtype import KvDtype
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.test_engine import Inbox
 from tests.verifier_service.test_real_model import Oracle
@@ -59,7 +60,7 @@ def talk(directories):
     started: list[Engine] = []
 
     def start(
-        family: str, prefix_cache: bool, proposer=None, checkpoint_bytes: int = 1 << 20, blocks: int = 80
+        family: str, prefix_cache: bool, proposer=None, checkpoint_bytes: int = 1 << 20, kv_dtype: KvDtype = "auto"
     ) -> Talk:
         limits = SchedulerLimits(3, BLOCKS, BLOCK, step_tokens=20, max_waiting=9, prefix_cache=prefix_cache)
         runner = TargetRunner(
@@ -69,6 +70,7 @@ def talk(directories):
             num_slots=3,
             dtype=torch.float32,
             device="cpu",
+            kv_dtype=kv_dtype,
             max_context=128,
             checkpoint_bytes=checkpoint_bytes,
         )
@@ -109,6 +111,16 @@ def test_a_hit_equals_a_miss_with_drafts_and_without(family, talk):
         # last boundary; of the two that part in the middle, a hybrid's first has no checkpoint there.
         assert counters["prefix_hit_tokens"] == 32 + 48 + 68 + 20 + (0 if family in HYBRIDS else 12) + 12
         assert (counters["accepted_tokens"] > 0) == (drafts is not None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "deepseek_v3"])
+def test_an_fp8_caches_hits_and_drafts_change_nothing_either(family, talk):
+    """Rounding depends on nothing but the token: only a value within 1e-6 of a boundary may fall to either side."""
+    missed = conversation(talk(family, prefix_cache=False, kv_dtype="float8_e4m3"))
+    own = talk(family, True, Oracle(missed, "partly"), kv_dtype="float8_e4m3")
+    assert conversation(own) == missed
+    assert own.hits() > 100
+    assert own.engine.status().counters["accepted_tokens"] > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])

@@ -3,45 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 
+class KeyValueCache(Protocol):
+    """One attention layer's keys and values, in blocks of tokens, written in place."""
+
+    def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys, values [tokens, kv_heads, head_dim] at `rows` [tokens] (block x block_tokens + offset)."""
+
+    def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim]."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class LatentsCache(Protocol):
+    """One latent-attention layer's latents, each with its rotary key, in blocks of tokens, written in place.
+
+    All heads read the same latents: there is nothing to divide, every rank holds all of them.
+    """
+
+    def write(self, rows: torch.Tensor, latents: torch.Tensor) -> None:
+        """Store latents [tokens, width] at `rows` [tokens] (block x block_tokens + offset)."""
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The tokens of `blocks` [n], in order: [n x block_tokens, width]."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class LayerCache:
-    """One attention layer's keys and values: [blocks, block_tokens, kv_heads, head_dim], written in place."""
+    """A KeyValueCache in the compute dtype: [blocks, block_tokens, kv_heads, head_dim]."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys, values [tokens, kv_heads, head_dim] at `rows` [tokens] (block x block_tokens + offset)."""
         self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, rows, keys)
         self.values.view(-1, *self.values.shape[2:]).index_copy_(0, rows, values)
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim]."""
         keys, values = self.keys.index_select(0, blocks), self.values.index_select(0, blocks)
         return keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """One latent-attention layer's latents, each with its rotary key: [blocks, block_tokens, width], written in place.
-
-    All heads read the same latents: there is nothing to divide, every rank holds all of them.
-    """
+    """A LatentsCache in the compute dtype: [blocks, block_tokens, width]."""
 
     latents: torch.Tensor
 
     def write(self, rows: torch.Tensor, latents: torch.Tensor) -> None:
-        """Store latents [tokens, width] at `rows` [tokens] (block x block_tokens + offset)."""
         self.latents.view(-1, self.latents.shape[2]).index_copy_(0, rows, latents)
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The tokens of `blocks` [n], in order: [n x block_tokens, width]."""
         return self.latents.index_select(0, blocks).view(-1, self.latents.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return self.latents.nbytes
 
 
 class BlockTables:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from verifier_service.model.kv_cache import LatentCache
+from verifier_service.model.kv_cache import LatentsCache
 from verifier_service.model.step import Segment, Step
 
 ENTRIES = 1 << 25  # of scores, or of keys and values, that exist at once: bounds the memory of a long context
@@ -112,7 +112,7 @@ class LatentAttention(nn.Module):
         return self.shape.expands(work[-1].stop - work[0].first, work[-1].context)
 
     def _absorbed(
-        self, content: torch.Tensor, rotary: torch.Tensor, segments: list[Segment], cache: LatentCache
+        self, content: torch.Tensor, rotary: torch.Tensor, segments: list[Segment], cache: LatentsCache
     ) -> torch.Tensor:
         """content, rotary [heads, tokens, width] -> [heads, rows, value] of the segments' consecutive rows."""
         base = segments[0].first
@@ -144,7 +144,7 @@ class LatentAttention(nn.Module):
         return torch.mm(weights, latents[:, : self.shape.latent]).view(heads, rows, -1)
 
     def _expanded(
-        self, content: torch.Tensor, rotary: torch.Tensor, work: tuple[Segment, ...], cache: LatentCache
+        self, content: torch.Tensor, rotary: torch.Tensor, work: tuple[Segment, ...], cache: LatentsCache
     ) -> torch.Tensor:
         """content, rotary [heads, tokens, width] -> [heads, rows, value] of one chunk's rows."""
         shape, context = self.shape, work[-1].context

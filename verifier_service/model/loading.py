@@ -23,8 +23,9 @@ from verifier_service.model.moe_loading import load_moe
 class RankModel:
     """One rank's modules, ready to run.
 
-    kv_shapes: (kv_heads, head_dim) by layer that caches keys and values, for this rank's heads; latent_widths: by layer
-    that caches latents, which no rank can divide. windows: the sliding windows, in tokens, that some layers have.
+    kv_shapes: (kv_heads, head_dim) by layer that caches keys and values, for this rank's heads; latent_shapes: (latent,
+    rotary key) by layer that caches latents, which no rank can divide. windows: the sliding windows, in tokens, that
+    some layers have; those layers keep what has left it.
     One copy of every weight is held, save for a tied head that is packed: its rows of the embedding are held as well.
     """
 
@@ -34,17 +35,9 @@ class RankModel:
     head: VocabularyHead
     rotary: nn.Module
     kv_shapes: dict[int, tuple[int, int]]
-    latent_widths: dict[int, int]
+    latent_shapes: dict[int, tuple[int, int]]
     windows: frozenset[int]
     recurrent: tuple[RaggedGatedDeltaNet, ...]
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Cached by this rank for one token, over all layers. Latents count in full on every rank.
-
-        So do layers with a sliding window: they keep what has left it.
-        """
-        return sum(2 * heads * dim for heads, dim in self.kv_shapes.values()) + sum(self.latent_widths.values())
 
 
 def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup) -> RankModel:
@@ -53,7 +46,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     body = model.model
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
     kv_shapes: dict[int, tuple[int, int]] = {}
-    latent_widths: dict[int, int] = {}
+    latent_shapes: dict[int, tuple[int, int]] = {}
     windows: set[int] = set()
     recurrent: list[RaggedGatedDeltaNet] = []
     for index, layer in enumerate(body.layers):
@@ -65,9 +58,10 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
             recurrent.append(layer.linear_attn)
         elif touchpoints.is_latent_attention(layer.self_attn):
             layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, weights, family, ranks)
-            latent_widths[index] = layer.self_attn.shape.cached
+            shape = layer.self_attn.shape
+            latent_shapes[index] = (shape.latent, shape.rotary)
         _fill(layer, prefix, weights, family, ranks)
-        if touchpoints.is_attention_layer(layer) and index not in latent_widths:
+        if touchpoints.is_attention_layer(layer) and index not in latent_shapes:
             attention = layer.self_attn
             if (window := touchpoints.sliding_window(attention)) is not None:
                 windows.add(window)
@@ -85,7 +79,7 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
         head=head,
         rotary=touchpoints.rotary(model, weights.device),
         kv_shapes=kv_shapes,
-        latent_widths=latent_widths,
+        latent_shapes=latent_shapes,
         windows=frozenset(windows),
         recurrent=tuple(recurrent),
     )

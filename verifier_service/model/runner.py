@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 
 from modeling.families import family_of, shard_map
+from modeling.kv_dtype import KvDtype
 from modeling.parallel import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import LoadProgress, RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.face import ForwardOutput, ModelShape
-from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
+from verifier_service.model.kv_cache import BlockTables
+from verifier_service.model.kv_storage import KvStorage, held_by
 from verifier_service.model.loading import RankModel, load_rank
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.model.rotary import RotaryTable
@@ -26,8 +28,9 @@ from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 class TargetRunner:
     """Implements face.Runner. Every rank of the group is given the same plans in the same order.
 
-    num_blocks x block_tokens: KV capacity in tokens. num_slots: running requests. max_context: None = the
-    checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. taps: see set_taps.
+    num_blocks x block_tokens: KV capacity in tokens. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running
+    requests. max_context: None = the checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state.
+    taps: see set_taps.
     progress: told of every tensor while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
@@ -44,6 +47,7 @@ class TargetRunner:
         num_slots: int,
         dtype: torch.dtype,
         device: str,
+        kv_dtype: KvDtype = "auto",
         max_context: int | None = None,
         checkpoint_bytes: int = 0,
         taps: Sequence[int] = (),
@@ -61,8 +65,9 @@ class TargetRunner:
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
         with torch.inference_mode():
-            caches = _caches(self._model, num_blocks, block_tokens, dtype, device)
-            latents = _latents(self._model, num_blocks, block_tokens, dtype, device)
+            storage = KvStorage(num_blocks, block_tokens, kv_dtype, dtype, device)
+            caches = storage.layers(self._model.kv_shapes)
+            latents = storage.latents(self._model.latent_shapes)
             self._states = _states(self._model, num_slots, dtype, device, checkpoint_bytes, num_blocks)
         self._rotary = RotaryTable(self._model.rotary, dtype, device)
         self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
@@ -83,7 +88,7 @@ class TargetRunner:
             vocabulary=config.vocabulary,
             hidden=config.hidden,
             max_context=limit,
-            kv_bytes_per_token=self._model.kv_values_per_token * dtype.itemsize,
+            kv_bytes_per_token=held_by([*caches.values(), *latents.values()]) // (num_blocks * block_tokens),
             checkpoints=checkpoints,
         )
         self._taps: tuple[int, ...] = ()
@@ -159,22 +164,6 @@ class TargetRunner:
 
     def _no_logits(self) -> torch.Tensor:
         return torch.empty(0, self.shape.vocabulary, device=self._model.embedding.device)
-
-
-def _caches(model: RankModel, blocks: int, block_tokens: int, dtype: torch.dtype, device: str) -> dict[int, LayerCache]:
-    def empty(heads: int, dim: int) -> torch.Tensor:
-        return torch.zeros(blocks, block_tokens, heads, dim, dtype=dtype, device=device)
-
-    return {layer: LayerCache(empty(*shape), empty(*shape)) for layer, shape in model.kv_shapes.items()}
-
-
-def _latents(
-    model: RankModel, blocks: int, block_tokens: int, dtype: torch.dtype, device: str
-) -> dict[int, LatentCache]:
-    return {
-        layer: LatentCache(torch.zeros(blocks, block_tokens, width, dtype=dtype, device=device))
-        for layer, width in model.latent_widths.items()
-    }
 
 
 def _states(

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from verifier_service.model.kv_cache import BlockTables, LatentCache, LayerCache
+from verifier_service.model.kv_cache import BlockTables, KeyValueCache, LatentsCache
 from verifier_service.model.recurrent_state import RecurrentStates
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
@@ -83,8 +83,8 @@ class Step:
     prefill: tuple[PrefillPart, ...]
     longest_context: int
     logit_rows: torch.Tensor | None  # [rows wanted]; None: exactly the verify tokens
-    caches: dict[int, LayerCache]  # of the layers that attend to keys and values
-    latents: dict[int, LatentCache]  # of the layers that attend to latents
+    caches: dict[int, KeyValueCache]  # of the layers that attend to keys and values
+    latents: dict[int, LatentsCache]  # of the layers that attend to latents
     states: RecurrentStates | None
 
 
@@ -94,8 +94,8 @@ class StepBuilder:
     def __init__(
         self,
         tables: BlockTables,
-        caches: dict[int, LayerCache],
-        latents: dict[int, LatentCache],
+        caches: dict[int, KeyValueCache],
+        latents: dict[int, LatentsCache],
         states: RecurrentStates | None,
         *,
         windows: Iterable[int] = (),
