@@ -1,4 +1,4 @@
-"""What a checkpoint's files say about its tokens, beside tokenizer.json: special tokens and ends of generation."""
+"""What a checkpoint's files say about its tokens: the tokenizer, special tokens, ends of generation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,33 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cluster import tiktoken_file
 from cluster.errors import ConfigError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Of tokenizer.json, or else of tiktoken.model; neither pads nor cuts. Raises ConfigError: the file, the cure.
+
+    The file is taken as it is: transformers' AutoTokenizer rebuilds parts of it from the model's type.
+    """
+    file, ranks = directory / "tokenizer.json", directory / tiktoken_file.FILE
+    if file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{file} is no tokenizer: {error}") from error
+    elif ranks.is_file():
+        tokenizer = tiktoken_file.read_tiktoken(ranks, read_json(directory / "tokenizer_config.json"))
+    else:
+        raise ConfigError(
+            f"{directory} holds no tokenizer.json and no {tiktoken_file.FILE}: complete the download, or make the "
+            f"former of what there is (transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def end_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -102,9 +102,9 @@ def target_fingerprint(directory: str | Path) -> str:
     directory = Path(directory)
     digest = hashlib.sha256()
     digest.update(json.dumps(_read_json(directory / "config.json"), sort_keys=True).encode())
-    tokenizer = directory / "tokenizer.json"
-    if tokenizer.exists():
-        digest.update(tokenizer.read_bytes())
+    for name in ("tokenizer.json", "tiktoken.model"):
+        if (directory / name).exists():
+            digest.update((directory / name).read_bytes())
     with CheckpointReader(directory) as reader:
         for name in reader.names():
             digest.update(f"{name}{reader.shape(name)}".encode())

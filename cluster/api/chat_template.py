@@ -15,12 +15,13 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, RequestError
+from cluster.tokenizer_files import read_json
 
 
 class ChatTemplate:
-    """source: Jinja. special_tokens: bos_token, eos_token, ... as the template may use them."""
+    """source: Jinja. special_tokens: bos_token, eos_token, ... as the template may use them. where: it was found."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str = "the target's chat template"):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -30,22 +31,25 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ConfigError(f"the target's chat template is no valid Jinja: {error}") from error
+            raise ConfigError(f"{where} is no valid Jinja: {error}: put a correct chat_template.jinja there") from error
         self._special_tokens = dict(special_tokens)
 
     @classmethod
-    def load(
-        cls, directory: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
-    ) -> ChatTemplate | None:
-        """chat_template.jinja, or else `chat_template` of tokenizer_config.json (`settings`); None without either."""
+    def load(cls, directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+        """chat_template.jinja, or else `chat_template` of tokenizer_config.json or chat_template.json; None without.
+
+        Raises ConfigError, naming the file.
+        """
         file = directory / "chat_template.jinja"
         if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), special_tokens)
-        source = settings.get("chat_template")
-        if isinstance(source, list):  # several by name
-            by_name = {entry["name"]: entry["template"] for entry in source}
-            source = by_name.get("default")
-        return cls(source, special_tokens) if source else None
+            return cls(file.read_text(encoding="utf-8"), special_tokens, str(file))
+        for file in (directory / "tokenizer_config.json", directory / "chat_template.json"):
+            source = read_json(file).get("chat_template")
+            if isinstance(source, list):  # several by name
+                source = _default_of(source, file)
+            if source:
+                return cls(source, special_tokens, f"{file}: chat_template")
+        return None
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt up to where the assistant begins. Raises RequestError, in the template's own words."""
@@ -62,6 +66,17 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+
+
+def _default_of(templates: list[Any], file: Path) -> str:
+    by_name = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
+    default = by_name.get("default")
+    if not isinstance(default, str):
+        raise ConfigError(
+            f"{file}: chat_template names {', '.join(map(repr, by_name)) or 'nothing'} but no 'default': put the one "
+            "to use beside it, as chat_template.jinja"
+        )
+    return default
 
 
 class _Generation(jinja2.ext.Extension):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the target's own files say: tokenizer.json and its neighbours."""
+"""Text to token ids and back, as the target's own files say."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cluster.api.chat_template import ChatTemplate
-from cluster.errors import ConfigError, RequestError
-from cluster.tokenizer_files import end_ids, read_json, special_tokens
+from cluster.byte_level import BYTES
+from cluster.errors import RequestError
+from cluster.tokenizer_files import end_ids, load_tokenizer, special_tokens
 
 INLINE_CHARACTERS = 4096  # about a millisecond of work: less than what handing it to a thread may cost
 THREADS = 2
@@ -41,17 +42,8 @@ class Tokens:
     def load(cls, directory: str | Path) -> Tokens:
         """directory: of the target's checkpoint. Raises ConfigError, naming the file."""
         directory = Path(directory)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"{directory} holds no tokenizer.json: the router needs the target's fast tokenizer there"
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{file} is no tokenizer: {error}") from error
-        settings, special = read_json(directory / "tokenizer_config.json"), special_tokens(directory)
-        return cls(tokenizer, end_ids(directory, tokenizer), ChatTemplate.load(directory, settings, special))
+        tokenizer = load_tokenizer(directory)
+        return cls(tokenizer, end_ids(directory, tokenizer), ChatTemplate.load(directory, special_tokens(directory)))
 
     @property
     def has_chat_template(self) -> bool:
@@ -82,7 +74,7 @@ class Tokens:
         if piece is None:
             return b""
         if self._byte_level and token_id not in self._added:
-            return bytes(_BYTES[character] for character in piece if character in _BYTES)
+            return bytes(BYTES[character] for character in piece if character in BYTES)
         return self.tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
     def close(self) -> None:
@@ -132,13 +124,3 @@ class Detokenizer:
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
     return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", ())])
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes: printable ones as themselves, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
-
-
-_BYTES = _byte_alphabet()

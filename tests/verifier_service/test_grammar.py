@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from cluster.contracts import EngineInfo, EngineRequest, GrammarSpec, SamplingParams
 from cluster.grammar import MAX_CHARACTERS, GrammarError, check, source
+from tests.cluster.test_tiktoken_file import write as write_tiktoken
 from tests.verifier_service.fake_runner import ORDER, FakeRunner, history_key, table
 from tests.verifier_service.oracle import PartlyRight
 from tests.verifier_service.test_engine import MODEL, WAIT_S, Inbox, request
@@ -59,6 +60,14 @@ def text_of(ids: Sequence[int]) -> str:
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     return GrammarCompiler(tokenizer().to_str(), VOCABULARY, frozenset({END}))
+
+
+def test_a_target_without_a_tokenizer_json_has_grammars_too(tmp_path):
+    words = [bytes([byte]) for byte in range(256)] + [b"tr", b"ue", b"true"]
+    compiler = GrammarCompiler.load(write_tiktoken(tmp_path, words), len(words) + 7)
+    constraint = compiler.compile(request("r", grammar=CHOICE))
+    assert constraint.take((258,)) == 1
+    assert constraint.take((ord("x"),)) == 0
 
 
 def make_engine(compiler: GrammarCompiler | None, proposer=None, blocks: int = 80, max_waiting: int = 50) -> Engine:

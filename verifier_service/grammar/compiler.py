@@ -7,12 +7,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 from llguidance import LLMatcher, LLTokenizer
-from tokenizers import Tokenizer
 
 from cluster.contracts import EngineRequest, GrammarSpec
 from cluster.errors import ConfigError
 from cluster.grammar import LIMITS, GrammarError, source, told
-from cluster.tokenizer_files import end_ids
+from cluster.tokenizer_files import end_ids, load_tokenizer
 from verifier_service.grammar.constraint import Constraint
 
 KEPT = 32  # compiled grammars, for the next request that has the same
@@ -36,13 +35,8 @@ class GrammarCompiler:
 
     @classmethod
     def load(cls, directory: str | Path, vocabulary: int) -> GrammarCompiler:
-        """directory: of the target's checkpoint, with its tokenizer.json. Raises ConfigError."""
-        file = Path(directory) / "tokenizer.json"
-        if not file.is_file():
-            raise ConfigError(f"{directory} holds no tokenizer.json: grammars need the target's fast tokenizer there")
-        tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        """directory: of the target's checkpoint. Raises ConfigError."""
+        tokenizer = load_tokenizer(Path(directory))
         ends = frozenset(token for token in end_ids(Path(directory), tokenizer) if token < vocabulary)
         return cls(tokenizer.to_str(), vocabulary, ends)
 

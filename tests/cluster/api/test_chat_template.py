@@ -55,6 +55,64 @@ def test_a_template_that_is_no_jinja_stops_the_start():
 
 def test_the_default_of_several_templates_is_used(tmp_path):
     settings = {"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}
-    template = ChatTemplate.load(tmp_path, json.loads(json.dumps(settings)), {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = ChatTemplate.load(tmp_path, {})
     assert template is not None
     assert template.render(MESSAGES, {}) == "d"
+
+
+def test_several_templates_without_a_default_are_named(tmp_path):
+    settings = {"chat_template": [{"name": "rag", "template": "r"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: chat_template names 'rag' but no 'default'"):
+        ChatTemplate.load(tmp_path, {})
+
+
+def test_a_multimodal_checkpoints_own_file_is_read(tmp_path):
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages | length }}"}))
+    template = ChatTemplate.load(tmp_path, {})
+    assert template is not None
+    assert template.render(MESSAGES, {}) == "2"
+
+
+def test_a_template_file_that_is_no_jinja_is_named(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is no valid Jinja"):
+        ChatTemplate.load(tmp_path, {})
+
+
+HARMONY = """{%- macro briefing(effort) -%}
+{{- "Knowledge cutoff: 2024-06\n" -}}{{- "Year: " + strftime_now("%Y") + "\n\nReasoning: " + effort -}}
+{%- endmacro -%}
+{%- if reasoning_effort is not defined -%}{%- set reasoning_effort = "medium" -%}{%- endif -%}
+{{- "<|start|>system<|message|>" -}}{{- briefing(reasoning_effort) -}}{{- "<|end|>" -}}
+{%- set state = namespace(tool=none) -%}
+{%- for message in messages -%}
+  {%- if message.role == "assistant" -%}
+    {%- if "content" in message and "<|channel|>" in message.content -%}
+      {{- raise_exception("pass the final message only") -}}
+    {%- endif -%}
+    {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" -}}
+    {%- set state.tool = none -%}
+  {%- else -%}
+    {{- "<|start|>" ~ message.role ~ "<|message|>" ~ (message.content if message.content is string else "") -}}
+    {{- "<|end|>" -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}
+"""
+
+
+def test_a_template_of_channels_is_rendered_from_its_file_as_transformers_renders_it(tmp_path):
+    """The constructs of gpt-oss's."""
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    (tmp_path / "chat_template.jinja").write_text(HARMONY)
+    template = ChatTemplate.load(tmp_path, {})
+    assert template is not None
+    for variables in ({}, {"reasoning_effort": "high"}):
+        expected, _ = reference.render_jinja_template(
+            [MESSAGES], chat_template=HARMONY, add_generation_prompt=True, **variables
+        )
+        assert template.render(MESSAGES, variables) == expected[0]
+    with pytest.raises(RequestError, match="pass the final message only"):
+        template.render([{"role": "assistant", "content": "<|channel|>analysis"}], {})
