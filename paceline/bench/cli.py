@@ -48,7 +48,8 @@ def engine(
     plot: Plot = None,
 ) -> None:
     """Compare decoders on this machine, without Ray: plain, drafted from another process, drafted in the same process,
-    transformers' generate and, for Qwen3 targets, the published DFlash loop. Same weights, same prompts, one run."""
+    transformers' generate and continuous batching and, for Qwen3 targets, the published DFlash loop. Same weights, same
+    prompts, one run."""
     from paceline.bench.engine import EngineOptions, bench
 
     options = EngineOptions(

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from paceline.bench import engine_rows, published, report
+from paceline.bench import continuous, engine_rows, published, report
 from paceline.bench import prompts as prompt_files
 from paceline.bench.agreement import Agreement, compare
+from paceline.bench.continuous import ContinuousBatching
 from paceline.bench.engine_decoder import EngineDecoder
 from paceline.bench.engine_rows import PLAIN, EngineSetup
 from paceline.bench.errors import BenchError
@@ -103,8 +104,14 @@ def bench(options: EngineOptions) -> Result:
                 decoders.append(start(setup, stack))
                 advance(1, decoders[-1].name)
         decoders.append(reference)
-        skipped = published.why_not(reference.model_type)
-        if skipped is None:
+        skipped: list[Skipped] = []
+        if reason := continuous.why_not(reference.config):
+            skipped.append(Skipped(ContinuousBatching.name, reason))
+        else:
+            decoders.append(ContinuousBatching(reference, options.temperature))
+        if reason := published.why_not(reference.model_type):
+            skipped.append(Skipped(PublishedLoop.name, reason))
+        else:
             decoders.append(
                 PublishedLoop(reference, options.drafter, options.dtype, options.device, options.temperature)
             )
@@ -113,8 +120,7 @@ def bench(options: EngineOptions) -> Result:
             for level in options.concurrency:
                 runs = measure(decoders, rendered, level, options.max_tokens, options.repeats, advance)
                 rows += level_rows(decoders, rendered, level, runs, options, reference)
-    missing = (Skipped(PublishedLoop.name, skipped),) if skipped else ()
-    return Result(tuple(rows), missing, options, machine, len(rendered), left_out)
+    return Result(tuple(rows), tuple(skipped), options, machine, len(rendered), left_out)
 
 
 def level_rows(

@@ -32,6 +32,7 @@ class Reference:
         config = loaded.config.get_text_config()
         self.max_context: int = config.max_position_embeddings
         self.model_type: str = config.model_type
+        self.config: Any = config
         self.stop_token_ids = stop_tokens(config.eos_token_id)
         self._device, self._temperature = device, temperature
         self._padding = self.tokenizer.pad_token_id

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from paceline.bench.cli import app
 
-ROWS = ["plain", "disaggregated", "colocated", "transformers", "published"]
+ROWS = ["plain", "disaggregated", "colocated", "transformers", "continuous", "published"]
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 import pytest
 import torch
+from transformers import DeepseekV3Config, Qwen3_5TextConfig, Qwen3Config
 
+from paceline.bench import continuous
+from paceline.bench.continuous import ContinuousBatching
 from paceline.bench.errors import BenchError
 from paceline.bench.published import PublishedLoop, commits, why_not
 from paceline.bench.reference import Reference, load_reference, up_to_stop
@@ -66,3 +69,24 @@ def test_steps_are_read_from_where_they_start():
 
 def test_targets_with_recurrent_state_have_no_published_loop():
     assert "qwen3_5_moe_text" in (why_not("qwen3_5_moe_text") or "")
+
+
+def test_continuous_batching_gives_the_references_text_at_any_concurrency(reference):
+    expected = reference.run(PROMPTS, concurrency=3, max_tokens=12).texts
+    row = ContinuousBatching(reference, 0.0)
+    for concurrency in (1, 3):
+        assert row.run(PROMPTS, concurrency, max_tokens=12).texts == expected
+    assert reference.run(PROMPTS, concurrency=3, max_tokens=12).texts == expected  # the shared model is as it was
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Qwen3_5TextConfig(num_hidden_layers=4), "this target has linear_attention layers"),
+        (DeepseekV3Config(num_hidden_layers=1), "this target has latent attention"),
+        (Qwen3Config(num_hidden_layers=1), None),
+    ],
+)
+def test_continuous_batching_is_left_out_for_targets_that_it_cannot_serve(config, reason):
+    found = continuous.why_not(config)
+    assert found == reason if reason is None else reason in found
