@@ -18,17 +18,20 @@ def rotate_and_append(
     rows: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As kernels.kv_append.reference. Tensors may have any strides but in the last dimension; cos and sin contiguous.
 
-    Keys and values are cast to the cache's dtype (fp8 without a scale). The returned query is contiguous.
+    The returned query is contiguous.
     """
-    check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache)
+    check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache, key_scales, value_scales)
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _rotate_and_append[(tokens, heads + kv_heads)](
         *(query, key, value, cos, sin, rows, key_cache, value_cache, rotated),
+        *(query if key_scales is None else key_scales, query if value_scales is None else value_scales),
         *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
         *(key_cache.stride(0), key_cache.stride(1), key_cache.stride(2)),
         *(value_cache.stride(0), value_cache.stride(1), value_cache.stride(2)),
@@ -37,6 +40,7 @@ def rotate_and_append(
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         ROTARY=cos.shape[1],
         BLOCK_TOKENS=key_cache.shape[1],
+        SCALES=key_scales is not None,
         num_warps=1,
     )
     return rotated
@@ -57,6 +61,16 @@ def _rotate(source, cos, sin, dim, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr)
 
 
 @triton.jit
+def _scaled(vector, in_dim, scale):
+    """The vector divided by its scale, float32, which is stored at `scale`: a power of two, so that nothing rounds."""
+    largest = tl.maximum(tl.max(tl.where(in_dim, tl.abs(vector.to(tl.float32)), 0.0), 0), 7.888609052210118e-31)
+    bits = (largest * (2.0 / 448.0)).to(tl.int32, bitcast=True) & 0x7F800000
+    own = bits.to(tl.float32, bitcast=True)
+    tl.store(scale, own.to(scale.dtype.element_ty))
+    return vector.to(tl.float32) / own
+
+
+@triton.jit
 def _rotate_and_append(
     query,
     key,
@@ -67,6 +81,8 @@ def _rotate_and_append(
     key_cache,
     value_cache,
     rotated,
+    key_scales,
+    value_scales,
     query_token,
     query_head,
     key_token,
@@ -84,6 +100,7 @@ def _rotate_and_append(
     BLOCK_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -102,7 +119,12 @@ def _rotate_and_append(
             within = row % BLOCK_TOKENS
             turned = _rotate(key + token * key_token + kv_head * key_head, cos, sin, dim, HEAD_DIM, ROTARY)
             where = block * key_cache_block + within * key_cache_token + kv_head * key_cache_head + dim
+            cell = row * (tl.num_programs(1) - HEADS) + kv_head
+            if SCALES:
+                turned = _scaled(turned, in_dim, key_scales + cell)
             tl.store(key_cache + where, turned.to(key_cache.dtype.element_ty), mask=in_dim)
             plain = tl.load(value + token * value_token + kv_head * value_head + dim, mask=in_dim, other=0.0)
+            if SCALES:
+                plain = _scaled(plain, in_dim, value_scales + cell)
             where = block * value_cache_block + within * value_cache_token + kv_head * value_cache_head + dim
             tl.store(value_cache + where, plain.to(value_cache.dtype.element_ty), mask=in_dim)

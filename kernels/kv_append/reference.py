@@ -14,20 +14,34 @@ def rotate_and_append(
     rows: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate query and key, write key and value into the cache at `rows`, return the rotated query.
 
     query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]; cos, sin [tokens, rotary_dim], both
     halves alike; only the first rotary_dim of head_dim turn. Caches [blocks, block_tokens, kv_heads, head_dim], written
     in place and in their own dtype; rows int [tokens]: block * block_tokens + offset, all different; a negative one is
-    a padding token, which is not stored. Rotates in float32. Raises ValueError for shapes that do not fit.
+    a padding token, which is not stored. Rotates in float32. key_scales, value_scales [blocks, block_tokens, kv_heads]
+    of an e4m3 cache get for each vector the power of two by which its largest element is stored as 224 to 448, and the
+    vector is stored divided by it. Raises ValueError for shapes that do not fit.
     """
-    check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache)
+    check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache, key_scales, value_scales)
     stored = rows >= 0
     at = rows[stored].long()
     block, offset = at // key_cache.shape[1], at % key_cache.shape[1]
-    key_cache[block, offset] = _rotate(key, cos, sin)[stored].to(key_cache.dtype)
-    value_cache[block, offset] = value[stored].to(value_cache.dtype)
+    for cache, scales, vectors in (
+        (key_cache, key_scales, _rotate(key, cos, sin)[stored]),
+        (value_cache, value_scales, value[stored]),
+    ):
+        if scales is not None:
+            _, exponents = torch.frexp(vectors.float().abs().amax(dim=-1).clamp_min(2.0**-100) / 448)
+            own = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+            scales[block, offset] = own.to(scales.dtype)
+            vectors = vectors / own[..., None]
+        # fp8 tensors can be indexed as bytes only
+        stored_as = torch.uint8 if cache.dtype.itemsize == 1 else cache.dtype
+        cache.view(stored_as)[block, offset] = vectors.to(cache.dtype).view(stored_as)
     return _rotate(query, cos, sin)
 
 
@@ -47,6 +61,8 @@ def check_arguments(
     rows: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:
     tokens, kv_heads, head_dim = key.shape
     if value.shape != key.shape or query.shape[0] != tokens or query.shape[2] != head_dim:
@@ -59,6 +75,11 @@ def check_arguments(
             f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} must both be "
             f"[blocks, block_tokens, {kv_heads}, {head_dim}]"
         )
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError("key_scales and value_scales go together: give both or neither")
+    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+        if scales is not None and (scales.shape != key_cache.shape[:3] or not scales.is_contiguous()):
+            raise ValueError(f"{name} {tuple(scales.shape)} must be {tuple(key_cache.shape[:3])}, contiguous")
     if cos.shape != sin.shape or cos.shape[0] != tokens or cos.shape[1] > head_dim or cos.shape[1] % 2:
         raise ValueError(
             f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be [{tokens}, rotary_dim], with an even "

@@ -40,6 +40,8 @@ def check_arguments(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
     split_tokens: int | None,
 ) -> None:
     """Raises ValueError naming the argument that does not fit the others. Looks at shapes only, never at contents."""
@@ -58,6 +60,11 @@ def check_arguments(
         )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks {tuple(sinks.shape)} must be [{heads}], one a query head")
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError("key_scales and value_scales go together: give both or neither")
+    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+        if scales is not None and (scales.shape != keys.shape[:3] or not scales.is_contiguous()):
+            raise ValueError(f"{name} {tuple(scales.shape)} must be {tuple(keys.shape[:3])}, contiguous")
     for name, value in (("sliding_window", sliding_window), ("soft_cap", soft_cap), ("split_tokens", split_tokens)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}: want a positive number, or None to leave it out")

@@ -48,8 +48,8 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     split_tokens: int | None = None,
     tile: Tiling | None = None,
 ) -> torch.Tensor:
@@ -61,7 +61,7 @@ def paged_attention(
     best where requests alone fill the device. Rows from query_starts[-1] on are padding and stay undefined.
     Raises ValueError for shapes that do not fit.
     """
-    check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, split_tokens)
+    check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, key_scales, value_scales, split_tokens)
     tokens, heads, head_dim = query.shape
     group = heads // keys.shape[2]
     tile = tile or tiling(head_dim, group)
@@ -77,9 +77,10 @@ def paged_attention(
         mass = torch.empty_like(peak)
     tile_rows = tile.rows // group  # query rows of a tile
     _attend[(tokens // tile_rows + batch.requests, keys.shape[2], splits)](
-        *(query, keys, values, output, part, peak, mass, query if sinks is None else sinks),
+        *(query, keys, values, query if key_scales is None else key_scales),
+        *(query if value_scales is None else value_scales, output, part, peak, mass, query if sinks is None else sinks),
         *(batch.block_tables, batch.query_starts, batch.context_lengths),
-        *(batch.requests, tokens, scaling * key_scale, value_scale, 0.0 if soft_cap is None else soft_cap),
+        *(batch.requests, tokens, scaling, 0.0 if soft_cap is None else soft_cap),
         *(query.stride(0), query.stride(1), batch.block_tables.stride(0)),
         *(keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2)),
         HEADS=heads,
@@ -90,6 +91,7 @@ def paged_attention(
         WINDOW=0 if sliding_window is None else sliding_window,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
+        SCALES=key_scales is not None,
         SPLIT=0 if split_tokens is None else split_tokens,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
@@ -130,6 +132,8 @@ def _attend(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     output,
     part,
     peak,
@@ -141,7 +145,6 @@ def _attend(
     requests,
     tokens,
     scaling,
-    value_scale,
     soft_cap,
     query_token,
     query_head,
@@ -160,6 +163,7 @@ def _attend(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    SCALES: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -216,6 +220,9 @@ def _attend(
             other=0.0,
         ).to(own.dtype)
         score = tl.dot(own, key, input_precision="ieee") * scaling
+        if SCALES:
+            cell = (block * BLOCK_TOKENS + within) * (HEADS // GROUP) + kv_head
+            score *= tl.load(key_scales + cell, mask=stored, other=0.0).to(tl.float32)[None, :]
         if SOFT_CAP:
             score = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * score / soft_cap) + 1.0))  # soft_cap * tanh(score / soft_cap)
         visible = at[None, :] <= position[:, None]
@@ -229,6 +236,8 @@ def _attend(
         weight = tl.exp2(score - shift[:, None])
         keep = tl.exp2(top - shift)
         total = total * keep + tl.sum(weight, 1)
+        if SCALES:
+            weight *= tl.load(value_scales + cell, mask=stored, other=0.0).to(tl.float32)[None, :]
         value = tl.load(
             values + (block * value_block + within * value_token + kv_head * value_head)[:, None] + dim[None, :],
             mask=stored[:, None] & in_dim[None, :],
@@ -242,7 +251,7 @@ def _attend(
         tl.store(peak + cell, top, mask=valid)
         tl.store(mass + cell, total, mask=valid)
         where = part + cell[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(where, seen * value_scale, mask=valid[:, None] & in_dim[None, :])
+        tl.store(where, seen, mask=valid[:, None] & in_dim[None, :])
     else:
         if SINKS:
             sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
@@ -250,7 +259,7 @@ def _attend(
             keep = tl.exp2(top - higher)
             total = total * keep + tl.exp2(sink - higher)
             seen = seen * keep[:, None]
-        result = seen * value_scale / tl.where(valid, total, 1.0)[:, None]
+        result = seen / tl.where(valid, total, 1.0)[:, None]
         where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
         tl.store(where, result.to(output.dtype.element_ty), mask=valid[:, None] & in_dim[None, :])
 

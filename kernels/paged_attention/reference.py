@@ -17,39 +17,42 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     split_tokens: int | None = None,
 ) -> torch.Tensor:
     """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, head_dim] -> like query.
 
-    Query head h reads KV head h // (heads / kv_heads). Scores are scaling * key_scale * q.k, then soft_cap *
-    tanh(score / soft_cap); sinks [heads] join the softmax's denominator as one more score without a value.
-    sliding_window w: a row at position p sees p - w + 1 .. p. key_scale, value_scale: what one unit of a stored (fp8)
-    key or value is worth. split_tokens has no effect here: it only says how the kernel arranges its sums.
+    Query head h reads KV head h // (heads / kv_heads). Scores are scaling * q.k, then soft_cap * tanh(score /
+    soft_cap); sinks [heads] join the softmax's denominator as one more score without a value. sliding_window w: a row
+    at position p sees p - w + 1 .. p. key_scales, value_scales [blocks, block_tokens, kv_heads]: what one unit of each
+    stored (fp8) key or value is worth. split_tokens has no effect here: it only says how the kernel arranges its sums.
     Computes in float32. Raises ValueError for shapes that do not fit.
     """
-    check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, split_tokens)
+    check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, key_scales, value_scales, split_tokens)
     output = torch.zeros_like(query)
     starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
     for request, context in enumerate(contexts):
         own = slice(starts[request], starts[request + 1])
         rows = own.stop - own.start
-        scores = _scores(query[own], _gather(keys, batch, request, context) * (scaling * key_scale))
+        scores = _scores(query[own], _gather(keys, batch, request, context, key_scales) * scaling)
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         scores = scores.masked_fill_(_hidden(rows, context, sliding_window, query.device), float("-inf"))
-        seen = _gather(values, batch, request, context) * value_scale
+        seen = _gather(values, batch, request, context, value_scales)
         output[own] = (_weights(scores, sinks) @ _spread(seen, query.shape[1])).transpose(0, 1).to(query.dtype)
     return output
 
 
-def _gather(cache: torch.Tensor, batch: PagedBatch, request: int, context: int) -> torch.Tensor:
+def _gather(
+    cache: torch.Tensor, batch: PagedBatch, request: int, context: int, scales: torch.Tensor | None
+) -> torch.Tensor:
     """float32 [context, kv_heads, head_dim]."""
     blocks = batch.block_tables[request, : -(-context // cache.shape[1])].long()
     # fp8 tensors can be indexed as bytes only
     stored = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
-    return stored[blocks].view(cache.dtype).flatten(0, 1)[:context].float()
+    found = stored[blocks].view(cache.dtype).flatten(0, 1)[:context].float()
+    return found if scales is None else found * scales[blocks].flatten(0, 1)[:context, :, None].float()
 
 
 def _spread(cache: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from kernels.kv_append import kernel, reference
+from verifier_service.model.kv_storage import KvStorage
 
 WAYS = pytest.mark.parametrize("way", [reference, kernel], ids=["reference", "kernel"])
 
@@ -53,6 +56,26 @@ def test_a_padding_token_is_not_stored(way):
     way.rotate_and_append(query, key, value, cos, sin, torch.full((4,), -1, dtype=torch.int32), keys, values)
     assert torch.equal(keys, before[0])
     assert torch.equal(values, before[1])
+
+
+@WAYS
+def test_an_fp8_cache_gets_what_the_verifiers_own_cache_holds(way):
+    query, key, value, cos, sin, keys, values = a_step(rotary=24)
+    value = value * torch.tensor([1.0, 300.0, 1e-6, 0.0])[:, None, None]
+    if way is kernel:  # numbers that need no rounding: Triton's interpreter loses the carry when it rounds to fp8
+        key, value = (x.to(torch.float8_e4m3fn).float() * 0.125 for x in (key, value))
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    rows = torch.tensor([17, 3, 0, 8])
+    own: Any = KvStorage(5, 4, "float8_e4m3", torch.float32, "cpu").layers({0: (2, 24)})[0]
+    plain = keys.clone(), values.clone()
+    reference.rotate_and_append(query, key, value, cos, sin, rows, *plain)
+    own.write(rows, plain[0].view(20, 2, 24)[rows], value)
+    codes = [torch.zeros(keys.shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    scales = [torch.zeros(keys.shape[:3], dtype=torch.bfloat16) for _ in range(2)]
+    way.rotate_and_append(query, key, value, cos, sin, rows, *codes, *scales)
+    for got, got_scales, want in zip(codes, scales, (own.keys, own.values)):
+        assert torch.equal(got_scales, want.scales)
+        assert torch.equal(got.view(torch.uint8), want.codes)
 
 
 def test_projections_and_caches_may_be_views_of_larger_tensors():

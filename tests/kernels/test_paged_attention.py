@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kernels.paged_attention import reference
 from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.kernel import Tiling, paged_attention
+from verifier_service.model.kv_storage import KvStorage
 
 BLOCK_TOKENS = 16
 SMALL = Tiling(rows=16, tokens=16, warps=4, stages=2)
@@ -102,13 +103,30 @@ def test_sections_add_up_to_the_whole(window: int | None):
     agree(heads=4, kv_heads=2, dim=16, split_tokens=16, sliding_window=window)
 
 
-def test_fp8_keys_and_values_are_worth_their_scales():
-    batch = a_batch([3], [20])
-    query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
+@pytest.mark.parametrize("split_tokens", [None, 16])
+def test_fp8_keys_and_values_are_worth_their_scales(split_tokens: int | None):
+    batch = a_batch([3, 5], [20, 33])
+    query, keys, values = tensors(batch, heads=4, kv_heads=2, dim=16)
     keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
-    scales: dict[str, Any] = {"scaling": 0.25, "key_scale": 0.5, "value_scale": 3.0}
-    got = paged_attention(query, keys, values, batch, tile=SMALL, **scales)
-    want = reference.paged_attention(query, keys, values, batch, **scales)
+    key_scales, value_scales = (2.0 ** torch.randint(-3, 3, keys.shape[:3]) for _ in range(2))
+    plain_keys, plain_values = keys.float() * key_scales[..., None], values.float() * value_scales[..., None]
+    want = reference.paged_attention(query, plain_keys, plain_values, batch, scaling=0.25)
+    scales: dict[str, Any] = {"key_scales": key_scales.bfloat16(), "value_scales": value_scales.bfloat16()}
+    torch.testing.assert_close(reference.paged_attention(query, keys, values, batch, scaling=0.25, **scales), want)
+    got = paged_attention(query, keys, values, batch, scaling=0.25, tile=SMALL, split_tokens=split_tokens, **scales)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_verifiers_fp8_cache_is_read_as_it_lies():
+    batch = a_batch([3], [20])
+    query, keys, values = tensors(batch, heads=4, kv_heads=2, dim=16)
+    cache: Any = KvStorage(len(keys), BLOCK_TOKENS, "float8_e4m3", torch.float32, "cpu").layers({0: (2, 16)})[0]
+    cache.write(torch.arange(len(keys) * BLOCK_TOKENS), keys.flatten(0, 1), values.flatten(0, 1))
+    read_keys, read_values = (x.view(keys.shape) for x in cache.read(torch.arange(len(keys))))
+    want = reference.paged_attention(query, read_keys, read_values, batch, scaling=0.25)
+    keys, values = (part.codes.view(torch.float8_e4m3fn) for part in (cache.keys, cache.values))
+    scales: dict[str, Any] = {"key_scales": cache.keys.scales, "value_scales": cache.values.scales}
+    got = paged_attention(query, keys, values, batch, scaling=0.25, tile=SMALL, **scales)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -155,6 +173,8 @@ def test_queries_and_caches_may_be_strided_views():
     ("change", "message"),
     [
         ({"sinks": torch.zeros(3)}, r"sinks \(3,\) must be \[2\]"),
+        ({"key_scales": torch.ones(5, 16, 1)}, "key_scales and value_scales go together"),
+        ({"key_scales": torch.ones(1), "value_scales": torch.ones(1)}, r"key_scales \(1,\) must be \("),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"split_tokens": 24}, "split_tokens is 24: want a multiple of the tile's 16"),
     ],
