@@ -44,3 +44,7 @@ def _add(app: typer.Typer, name: str, module: str, summary: str) -> None:
 
 def _absent() -> None:
     """Stands for a subcommand in the list of `--help`; the one that is called is imported instead."""
+
+
+if __name__ == "__main__":
+    main()

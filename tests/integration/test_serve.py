@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -38,6 +39,36 @@ def test_a_completion_comes_from_two_ranks_and_a_drafter(app, client):
     assert len(app.processes("VerifierRank")) == 2
     assert len(app.processes("DrafterModel")) == 1
     assert complete(client, app) == complete(client, app) != ""
+
+
+def test_an_answer_in_a_schema_is_drafted_and_the_same_without_drafts(app, client):
+    wait_until_linked(app)
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["alpha", "beta"]}, "sizes": {"type": "array", "items": {"type": "integer"}}},
+        "required": ["name", "sizes"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+
+    def answer(**more: object) -> str:
+        done = client.chat.completions.create(
+            model=app.model,
+            messages=[{"role": "user", "content": "Describe a thing."}],
+            response_format=asked,
+            max_completion_tokens=60,
+            temperature=0.7,
+            seed=3,
+            extra_body=more,
+        )
+        return done.choices[0].message.content or ""
+
+    drafted = answer()
+    assert drafted.startswith("{")
+    assert '"name"' in drafted
+    assert answer(max_draft_tokens=0) == drafted
+    if drafted.rstrip().endswith("}"):  # else the limit of tokens cut it off
+        assert set(json.loads(drafted)) == {"name", "sizes"}
 
 
 def test_health_is_ok_only_where_tokens_can_be_generated(app):
