@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import threading
 import time
@@ -141,7 +142,7 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
             over.set()
 
     for i in range(options.requests):
-        prompt = tuple((i + at) % VOCABULARY for at in range(PROMPT_TOKENS))
+        prompt = tuple(random.Random(i).choices(range(VOCABULARY), k=PROMPT_TOKENS))  # no two share a cached block
         engine.submit(EngineRequest(f"request-{i}", prompt, 0, new_tokens), sink)
     engine.start()
     try:
