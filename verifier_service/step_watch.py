@@ -4,7 +4,7 @@ from __future__ import annotations
 
 WARM_UP_STEPS = 32  # a step of these may compile, page in or allocate: only the outer limit holds
 FACTOR = 20.0  # times the longest lately seen of its size
-LEAST_S = 5.0  # machines are shared: a step of milliseconds may well wait for seconds
+LEAST_S = 15.0  # a machine may stall for seconds, and replacing a replica costs minutes
 FORGET = 0.99  # of the longest, at every further step of its size
 
 
