@@ -74,7 +74,9 @@ def cases(machine: Machine) -> Iterator[Case]:
         if split is not None:
             split = max(64, split // small)
         yield _attention(machine, *shape, heads=32, kv_heads=8, dim=128, split=split)
-    yield _attention(machine, max(1, 16 // small), 8, max(64, 8192 // small), heads=32, kv_heads=2, dim=256, split=None)
+    for fp8 in (False, True):
+        wide = (max(1, 16 // small), 8, max(64, 8192 // small))
+        yield _attention(machine, *wide, heads=32, kv_heads=2, dim=256, split=None, fp8=fp8)
     yield _attention(
         machine, max(1, 16 // small), 8, max(64, 8192 // small), heads=64, kv_heads=8, dim=64, split=None, window=128
     )
@@ -83,7 +85,8 @@ def cases(machine: Machine) -> Iterator[Case]:
     for requests in (1, 16, 64):
         yield from _delta(machine, max(1, requests // small), heads=max(2, 32 // small), tokens=max(2, 16 // small))
     yield from _conv(machine, requests=max(1, 64 // small), tokens=max(2, 16 // small), channels=8192 // small)
-    yield _append(machine, tokens=max(1, 1024 // small), heads=32, kv_heads=8, dim=128)
+    for fp8 in (False, True):
+        yield _append(machine, tokens=max(1, 1024 // small), heads=32, kv_heads=8, dim=128, fp8=fp8)
     yield _norm(machine, tokens=max(1, 1024 // small), width=4096 // small)
     for temperature in (0.0, 1.0):
         yield _sample(machine, rows=max(1, 1024 // small), vocabulary=151_936 // small, temperature=temperature)
@@ -101,6 +104,7 @@ def _attention(
     dim: int,
     split: int | None,
     window: int | None = None,
+    fp8: bool = False,
 ) -> Case:
     block = 16
     width = -(-context // block)
@@ -114,14 +118,18 @@ def _attention(
     query = machine.normal(requests * rows, heads, dim)
     keys, values = (machine.normal(blocks, block, kv_heads, dim) for _ in range(2))
     options: dict[str, Any] = {"scaling": dim**-0.5, "split_tokens": split, "sliding_window": window}
+    if fp8:
+        keys, values = (x.to(torch.float8_e4m3fn) for x in (keys, values))
+        ones = torch.ones(keys.shape[:3], dtype=torch.bfloat16, device=machine.device)
+        options |= {"key_scales": ones * 0.5, "value_scales": ones * 2}
     seen = context if window is None else min(context, window + rows)
-    library = None if window is not None else _torch_attention(query, keys, values, requests, context, dim**-0.5)
-    suffix = "".join((f" window {window}" if window else "", f" split {split}" if split else ""))
+    library = None if fp8 or window is not None else _torch_attention(query, keys, values, requests, context, dim**-0.5)
+    suffix = "".join((f" window {window}" if window else "", f" split {split}" if split else "", " fp8" if fp8 else ""))
     return Case(
         f"paged_attention {requests} x {rows} rows, context {context}, heads {heads}/{kv_heads} x {dim}{suffix}",
         lambda: paged_attention.paged_attention(query, keys, values, batch, **options),
         lambda: paged_attention_reference.paged_attention(query, keys, values, batch, **options),
-        moved=query.itemsize * (2 * query.numel() + 2 * requests * seen * kv_heads * dim),
+        moved=2 * query.nbytes + 2 * requests * seen * kv_heads * (dim * keys.itemsize + (2 if fp8 else 0)),
         library=library,
     )
 
@@ -222,21 +230,30 @@ def _conv(machine: Machine, requests: int, tokens: int, channels: int) -> Iterat
     )
 
 
-def _append(machine: Machine, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+def _append(machine: Machine, tokens: int, heads: int, kv_heads: int, dim: int, fp8: bool = False) -> Case:
+    """fp8: of numbers that it holds without rounding, which Triton's interpreter gets wrong; so nothing turns."""
     query, key, value = (machine.normal(tokens, count, dim) for count in (heads, kv_heads, kv_heads))
     angles = torch.rand(tokens, dim // 2, device=machine.device).repeat(1, 2)
+    stored = machine.dtype
+    scales: list[list[torch.Tensor]] = [[], []]
+    if fp8:
+        key, value = (x.to(torch.float8_e4m3fn).to(machine.dtype) for x in (key, value))
+        angles, stored = angles * 0, torch.float8_e4m3fn
+        shape = (tokens + 1, 16, kv_heads)
+        scales = [[torch.zeros(shape, device=machine.device).bfloat16() for _ in range(2)] for _ in range(2)]
     cos, sin = angles.cos(), angles.sin()
-    caches = [torch.zeros(tokens + 1, 16, kv_heads, dim, device=machine.device, dtype=machine.dtype) for _ in range(4)]
+    caches = [torch.zeros(tokens + 1, 16, kv_heads, dim, device=machine.device).to(stored) for _ in range(4)]
     rows = machine.ints(torch.randperm(16 * tokens)[:tokens], torch.int64)
 
-    def call(way: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return way.rotate_and_append(query, key, value, cos, sin, rows, keys, values), keys, values
+    def call(way: Any, cached: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        rotated = way.rotate_and_append(query, key, value, cos, sin, rows, *cached, *own)
+        return rotated, *cached, *own
 
     return Case(
-        f"rotate_and_append {tokens} tokens, heads {heads}/{kv_heads} x {dim}",
-        lambda: call(kv_append, caches[0], caches[1]),
-        lambda: call(kv_append_reference, caches[2], caches[3]),
-        moved=2 * query.itemsize * (query.numel() + 2 * key.numel()) + 8 * cos.numel(),
+        f"rotate_and_append {tokens} tokens, heads {heads}/{kv_heads} x {dim}{' fp8' if fp8 else ''}",
+        lambda: call(kv_append, caches[:2], scales[0]),
+        lambda: call(kv_append_reference, caches[2:], scales[1]),
+        moved=2 * query.nbytes + 2 * key.numel() * (key.itemsize + stored.itemsize) + 8 * cos.numel(),
     )
 
 
