@@ -21,7 +21,7 @@ Concurrency = Annotated[
     list[int] | None, typer.Option("--concurrency", min=1, help="requests at once; may be repeated; default: 1 and 8")
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(help='JSON lines of {"turns": [..]} or {"prompt": ..}; default: 16 beginnings of code')
+    Path | None, typer.Option(help='JSON lines of {"turns": [..]} or {"prompt": ..}; default: 32 beginnings of code')
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="take only the first prompts")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="new tokens a prompt")]

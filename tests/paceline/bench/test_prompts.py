@@ -31,9 +31,9 @@ def test_the_three_forms_are_read_and_other_keys_ignored(tmp_path):
     assert rendered == [(97, 98), (60, 99, 62), (5, 6)]
 
 
-def test_the_shipped_prompts_are_sixteen_beginnings_of_code():
+def test_the_shipped_prompts_are_thirty_two_beginnings_of_code():
     shipped = prompts.read(prompts.SHIPPED)
-    assert len(shipped) == 16
+    assert len(shipped) == 32
     assert all(prompt.text for prompt in shipped)
 
 
