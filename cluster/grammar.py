@@ -1,7 +1,8 @@
 """Grammars that an output has to follow, as llguidance (https://github.com/guidance-ai/llguidance) takes them.
 
 A router checks a grammar before it goes to an engine; the engine compiles it with its tokenizer. Both within LIMITS,
-which bound time and memory whatever the text: about a second and some ten megabytes.
+which bound time and memory whatever the text: about a second and some ten megabytes to compile, milliseconds a token
+later. A grammar that goes beyond them in the middle of an output ends its request with an error.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from llguidance import LLMatcher, LLParserLimits
 from cluster.contracts import GrammarSpec
 
 MAX_CHARACTERS = 1 << 17
-LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(
+    max_grammar_size=100_000,
+    max_lexer_states=50_000,
+    max_items_in_row=300,  # what one token may cost in a step that others wait for: milliseconds
+    step_max_items=5_000,
+    verbose_errors=False,
+)
 # Between the parts of a JSON text. The standard has no limit, and weak models would write nothing else to the end.
 WHITESPACE = r"[ \n\r\t]{1,40}"
 MAX_SHOWN = 300  # characters of the library's message

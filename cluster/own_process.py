@@ -15,7 +15,10 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read_settings(model: type[Settings], text: str) -> Settings | None:
-    """From the JSON of `--settings`; None after a line on standard error for everything that is wrong with it."""
+    """From the JSON of `--settings`, or from standard input if that is "-": a command line is read by everybody, and
+    settings hold a secret. None after a line on standard error for everything that is wrong with them."""
+    if text == "-":
+        text = sys.stdin.read()
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

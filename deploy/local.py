@@ -6,6 +6,7 @@ with LocalDrafter(drafter) as draft, LocalGang(verifier) as gang:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -31,12 +32,14 @@ TAIL_BYTES = 4000
 class LocalProcesses:
     """Processes that start, serve and end together.
 
-    Each prints a JSON line {"ready": ...} on its standard output. Raises EngineDiedError with the last words of the one
-    that ended, or that was not ready, within start_timeout_s. If one ends later, the others are killed and `failure`
-    says why. Standard error goes to a file that only `failure` quotes.
+    Each is `told` its settings on standard input and prints a JSON line {"ready": ...} on its standard output. Raises
+    EngineDiedError with the last words of the one that ended, or that was not ready, within timeout_s. If one ends
+    later, the others are killed and `failure` says why. Standard error goes to a file that only `failure` quotes.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]], timeout_s: float):
+    def __init__(
+        self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]], told: str, timeout_s: float
+    ):
         self.failure: str | None = None
         self._stopping = False
         self._guard = threading.Lock()
@@ -45,7 +48,7 @@ class LocalProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for command, environment, log in zip(commands, environments, self._logs):
-                self._processes.append(_spawn(command, environment, log.fileno()))
+                self._processes.append(_spawn(command, environment, told, log.fileno()))
             self._watches = [
                 threading.Thread(target=self._watch, args=(index,), name=f"local-process-{index}", daemon=True)
                 for index in range(len(self._processes))
@@ -139,7 +142,7 @@ class LocalGang(LocalProcesses):
         start_timeout_s: float = 300.0,
     ):
         size = settings.tensor_parallel_size
-        shared = ["--settings", settings.model_dump_json(), "--engine-id", engine_id, "--host", host]
+        shared = ["--settings", "-", "--engine-id", engine_id, "--host", host]
         shared += ["--rendezvous", f"{host}:{_free_port(host)}", "--exit-with-parent"]
         commands = [_python("deploy.rank_process", *shared, "--rank", str(rank)) for rank in range(size)]
         environments = [_environment(settings.threads_per_rank) for _ in range(size)]
@@ -147,7 +150,7 @@ class LocalGang(LocalProcesses):
             devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if size > 1 else []
             for rank in range(size if size > 1 else 0):
                 environments[rank]["CUDA_VISIBLE_DEVICES"] = devices[rank] if len(devices) >= size else str(rank)
-        super().__init__(commands, environments, start_timeout_s)
+        super().__init__(commands, environments, settings.model_dump_json(), start_timeout_s)
 
 
 class LocalDrafter(LocalProcesses):
@@ -156,9 +159,9 @@ class LocalDrafter(LocalProcesses):
     def __init__(
         self, settings: DrafterSettings, *, host: str = "127.0.0.1", port: int = 0, start_timeout_s: float = 300.0
     ):
-        command = _python("drafter_service.server", "--settings", settings.model_dump_json(), "--host", host)
+        command = _python("drafter_service.server", "--settings", "-", "--host", host)
         command += ["--port", str(port), "--exit-with-parent", str(os.getpid())]
-        super().__init__([command], [_environment(settings.threads)], start_timeout_s)
+        super().__init__([command], [_environment(settings.threads)], settings.model_dump_json(), start_timeout_s)
 
 
 def _python(module: str, *arguments: str) -> list[str]:
@@ -170,10 +173,14 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
-def _spawn(command: Sequence[str], environment: dict[str, str], log: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+def _spawn(command: Sequence[str], environment: dict[str, str], told: str, log: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as channel:  # one that has ended already says why
+        channel.write(told.encode())
+    return process
 
 
 def _free_port(host: str) -> int:

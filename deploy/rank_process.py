@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.rank_process", description=__doc__)
-    parser.add_argument("--settings", required=True, help="VerifierSettings as JSON")
+    parser.add_argument("--settings", required=True, help="VerifierSettings as JSON; - = from standard input")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--rendezvous", default="", help="host:port, free on rank 0's machine; not for a single rank")
     parser.add_argument("--engine-id", default="verifier")

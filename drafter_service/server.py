@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m drafter_service.server", description=__doc__)
-    parser.add_argument("--settings", required=True, help="DrafterSettings as JSON")
+    parser.add_argument("--settings", required=True, help="DrafterSettings as JSON; - = from standard input")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 = any free one")
     parser.add_argument(

@@ -237,8 +237,8 @@ class Engine:
         try:
             if path := self._recorder.write(reason):
                 log.error("the last steps are in %s: run them again with `paceline replay %s`", path, path)
-        except OSError as error:
-            log.error("the last steps could not be written (%s)", error)
+        except Exception as error:  # what is in flight has still to be ended
+            log.error("the last steps could not be written (%r)", error)
 
     # Requests come and go.
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from cluster.contracts import EngineRequest
 from cluster.errors import PacelineError
 from modeling.kv_dtype import KvDtype
 from verifier_service.plan import PrefillChunk, VerifyRow
-from verifier_service.sequence import Key, RunningRequest
+from verifier_service.sequence import RunningRequest
 
 STEPS = 256
 FORMAT = 1
@@ -114,12 +115,12 @@ class FlightRecorder:
         return Path(path)
 
     def _flight(self, reason: str) -> Flight:
-        requests: dict[Key, tuple[int, RunningRequest]] = {}
+        requests: dict[int, tuple[int, RunningRequest]] = {}  # a request may leave and come back under the same id
         steps = []
         for one in self._steps:
             rows = []
             for sequence, work in one.work:
-                number, _ = requests.setdefault(sequence.key, (len(requests), sequence))
+                number, _ = requests.setdefault(id(sequence), (len(requests), sequence))
                 verify = isinstance(work, VerifyRow)
                 completes = isinstance(work, PrefillChunk) and work.completes_prompt
                 rows.append(FlightRow(number, work.start, work.token_ids, verify, completes))
@@ -131,7 +132,11 @@ class FlightRecorder:
             self._engine_id,
             time.time(),
             self._target,
-            tuple(FlightRequest(sequence.request, tuple(sequence.tokens)) for _, sequence in requests.values()),
+            tuple(
+                # The salt is a client's secret's hash, and of no use to a replay.
+                FlightRequest(replace(sequence.request, cache_salt=""), tuple(sequence.tokens))
+                for _, sequence in requests.values()
+            ),
             tuple(steps),
         )
 

@@ -326,6 +326,8 @@ class Scheduler:
             aligned = stop - stop % self.limits.block_tokens  # a state between blocks is no good for a checkpoint
             stop = aligned if aligned > start else stop
         while start < stop:
+            while sequence.splits and sequence.splits[0] <= start:  # went by while there was no checkpoint to take
+                sequence.splits.pop(0)
             end, checkpoint = stop, -1
             if sequence.splits and sequence.splits[0] <= stop:
                 taken = self.cache.checkpoints.take()

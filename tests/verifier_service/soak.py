@@ -100,6 +100,7 @@ class Soak:
         self.features.difference_update(self.scheduler.cache.take_evicted())
         used = sum(len(row.token_ids) for row in plan.verify) + sum(len(chunk.token_ids) for chunk in plan.prefill)
         assert used <= self.limits.step_tokens
+        assert all(chunk.token_ids for chunk in plan.prefill)
         logits = self.runner.forward(plan).logits
         assert logits is not None
         for progress in self.scheduler.commit(logits.argmax(-1).tolist()):

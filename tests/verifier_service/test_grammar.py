@@ -325,3 +325,27 @@ def test_white_space_of_a_json_text_ends(compiler):
     here = compiler.compile(constrained("a", SCHEMA))
     assert here.take([PIECES.index("{")]) == 1
     assert here.allowed([space] * 60) == 40
+
+
+def test_a_grammar_that_is_costly_at_every_token_ends_its_request_instead_of_holding_up_the_others(running, compiler):
+    costly = GrammarSpec("lark", 'start: ("a"? "b"? "c"?){0,1000}')
+    inbox = Inbox()
+    engine = running(make_engine(compiler))
+    engine.submit(constrained("a", costly, min_new_tokens=30), inbox)
+    inbox.wait("a")
+    assert inbox.last("a").finish == "error"
+    assert "grammar.text" in (inbox.last("a").error or "")
+
+
+def test_whatever_a_compiler_raises_ends_its_request_only(running, compiler, monkeypatch):
+    def panic(_spec: GrammarSpec) -> LLMatcher:
+        raise SystemExit("the library has panicked")
+
+    monkeypatch.setattr(compiler, "_matcher", panic)
+    inbox = Inbox()
+    engine = running(make_engine(compiler))
+    engine.submit(constrained("a", SHORT), inbox)
+    engine.submit(request("b"), inbox)
+    inbox.wait("a", "b")
+    assert "has panicked" in (inbox.last("a").error or "")
+    assert inbox.finish("b") == "length"

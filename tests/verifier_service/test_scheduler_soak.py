@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from cluster.contracts import EngineRequest
 from tests.verifier_service.soak import Soak
+from verifier_service.scheduler import Scheduler, SchedulerLimits
 
 KINDS = [None, 0, 1, 2, 6, 40]  # checkpoints; None: a target without recurrent state
 
@@ -19,6 +23,26 @@ def test_random_events_leak_no_block_slot_checkpoint_or_feature_page_and_a_hit_e
     assert (cache.hit_tokens > 0) == (checkpoints != 0)
     assert (soak.counts["restored"] > 0) == bool(checkpoints)
     assert cache.pool.evictions > 0 or checkpoints == 0
+
+
+def test_a_burst_that_wants_more_checkpoints_than_there_are_plans_no_empty_chunk():
+    """A prompt's second place for a checkpoint must not outlive the chunk that went past it."""
+    rng = random.Random(3)
+    scheduler = Scheduler(SchedulerLimits(64, 4096, 16, 2048, 256, checkpoints=4))
+    openings = [[rng.randrange(999) for _ in range(96)] for _ in range(40)]
+    count = saved = 0
+    for _ in range(250):
+        while len(scheduler) < 120:
+            count += 1
+            own = [rng.randrange(999) for _ in range(rng.randrange(4, 60))]
+            prompt = (*rng.choice(openings)[: rng.choice([48, 64, 96])], *own)
+            scheduler.add(EngineRequest(f"r{count}", prompt, 0, rng.randrange(1, 4)))
+        plan = scheduler.plan()
+        assert all(chunk.token_ids for chunk in plan.prefill)
+        saved += sum(chunk.checkpoint >= 0 for chunk in plan.prefill)
+        rows = sum(len(row.token_ids) for row in plan.verify) + sum(chunk.completes_prompt for chunk in plan.prefill)
+        scheduler.commit([rng.randrange(999) for _ in range(rows)])
+    assert saved
 
 
 @pytest.mark.long

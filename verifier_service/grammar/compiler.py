@@ -50,6 +50,8 @@ class GrammarCompiler:
             matcher = self._matcher(request.grammar)
         except GrammarError as error:
             raise GrammarError(f"grammar.text {error}") from error
+        except BaseException as error:  # a panic of the library is no Exception, and must end this request only
+            raise GrammarError(f"grammar.text {told(repr(error))}") from error
         constraint = Constraint(matcher, frozenset(self._tokenizer.eos_tokens) | request.stop_token_ids)
         kept = constraint.take(request.generated_ids)
         if kept < len(request.generated_ids):
