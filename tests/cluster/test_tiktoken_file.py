@@ -142,6 +142,12 @@ def test_any_vocabulary_of_joined_pairs_is_read_so(seed: int, tmp_path_factory: 
         assert tokenizer.encode(word).ids == by_hand(word.encode(), ranks), word
 
 
+def test_a_piece_that_is_a_token_is_that_even_if_no_joining_leads_there(tmp_path: Path):
+    tokenizer = load_tokenizer(write(tmp_path, [*VOCABULARY, b"qzx"]))
+    assert tokenizer.encode("qzx").ids == [FIRST]
+    assert tokenizer.encode("qzxq").ids == [RANKS[byte] for byte in (b"q", b"z", b"x", b"q")]
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_comes_back(text: str, tokens: Tokens):
