@@ -21,6 +21,7 @@ def test_help_lists_the_commands():
 
 
 def test_a_bad_deploy_file_ends_with_code_2_and_one_clear_line(tmp_path):
+    pytest.importorskip("ray")
     path = tmp_path / "app.yaml"
     path.write_text("aplications: []\n")
     result = paceline("serve", str(path))
