@@ -14,6 +14,7 @@ Values in, values out: the engine port drives it with asyncio (`admit`, `enter`)
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import secrets
@@ -167,4 +168,6 @@ def _said(challenge: Challenge, nonce: bytes, claim: str) -> bytes:
 
 
 def _proof(secret: str, role: str, said: bytes) -> bytes:
-    return hmac.digest(secret.encode(), msgspec.msgpack.encode((role, said)), "sha256")
+    # Hashed first: HMAC fills a short key up with zeros, and secrets that differ in those alone would be the same.
+    key = hashlib.sha256(secret.encode()).digest()
+    return hmac.digest(key, msgspec.msgpack.encode((role, said)), "sha256")
