@@ -155,6 +155,12 @@ def check_secret(secret: str, host: str, setting: str) -> None:
         )
 
 
+def check_dialled(secret: str, host: str) -> None:
+    """The dialler's twin of check_secret. Raises SecretError."""
+    if not secret and not is_loopback(host):
+        raise SecretError("verifier.link.token is empty, but it is on another machine: set the same on both ends")
+
+
 def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

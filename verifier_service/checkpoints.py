@@ -57,7 +57,3 @@ class CheckpointPool:
         if checkpoint is not None:
             self._blank.append(checkpoint)
         return checkpoint
-
-    def give_back(self, checkpoint: int) -> None:
-        """A taken one that nothing was written to."""
-        self._blank.append(checkpoint)

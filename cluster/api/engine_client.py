@@ -24,8 +24,8 @@ from cluster.contracts import (
     Submit,
     ToEngine,
 )
-from cluster.errors import EngineDiedError, OverloadedError, PacelineError, ProtocolError, SecretError
-from cluster.handshake import ENGINE, enter, is_loopback
+from cluster.errors import EngineDiedError, OverloadedError, PacelineError, ProtocolError
+from cluster.handshake import ENGINE, check_dialled, enter
 from cluster.tls import OPEN, Access, dialler_context
 from cluster.wire import Codec
 
@@ -67,10 +67,7 @@ class EngineClient:
         writer = None
         try:
             context = dialler_context(access.tls)
-            if not access.secret and not is_loopback(host.strip("[]")):
-                raise SecretError(
-                    "verifier.link.token is empty, but it is on another machine: set the same on both ends"
-                )
+            check_dialled(access.secret, host.strip("[]"))
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=1 << 20, ssl=context)
                 await enter(reader, writer, access.secret, ENGINE)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cluster.errors import LinkError, ProtocolError, SecretError
-from cluster.handshake import HANDSHAKE, LINK, is_loopback
+from cluster.errors import LinkError, ProtocolError
+from cluster.handshake import HANDSHAKE, LINK, check_dialled
 from cluster.handshake import Dialler as Handshake
 from cluster.link.connection import Connection
 from cluster.link.messages import FromDrafter, Hello, Refused, Welcome, claim
@@ -74,8 +74,7 @@ class Dialler:
         """The epoch after `earlier`. Raises OSError, LinkError, SecretError or ProtocolError, at the latest after the
         deadlines of connecting, hello and tensor plane."""
         host, port = parse_address(address)
-        if not self._token and not is_loopback(host):
-            raise SecretError("verifier.link.token is empty, but it is on another machine: set the same on both ends")
+        check_dialled(self._token, host)
         sock = socket.create_connection((host, port), timeout=min(self._hard_deadline, _CONNECT_S))
         connection = Connection(sock, self._codec, self._max_queued, self._on_blocked)
         try:

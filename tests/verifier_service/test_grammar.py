@@ -18,12 +18,13 @@ from cluster.grammar import MAX_CHARACTERS, GrammarError, check, source
 from tests.cluster.test_tiktoken_file import write as write_tiktoken
 from tests.verifier_service.fake_runner import ORDER, FakeRunner, history_key, table
 from tests.verifier_service.oracle import PartlyRight
-from tests.verifier_service.test_engine import MODEL, WAIT_S, Inbox, request
+from tests.verifier_service.test_engine import MODEL, WAIT_S, Inbox, request, running
 from verifier_service.engine import Engine
 from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.scheduler import SchedulerLimits
 
+__all__ = ["running"]
 END = 0
 PIECES = ["<|end|>", *'abcdefghijklmnopqrstuvwxyz0123456789{}[]":,.-+', "Ġ", "Ċ", '":', '{"', "true", "ab", "12", "],"]
 VOCABULARY = 64
@@ -74,20 +75,6 @@ def make_engine(compiler: GrammarCompiler | None, proposer=None, blocks: int = 8
     limits = SchedulerLimits(slots=6, blocks=blocks, block_tokens=4, step_tokens=48, max_waiting=max_waiting)
     runner = FakeRunner(6, blocks, 4, VOCABULARY, max_context=128)
     return Engine(runner, limits, EngineInfo("e", "f", 128, VOCABULARY, 6, 8), proposer=proposer, grammars=compiler)
-
-
-@pytest.fixture
-def running():
-    engines: list[Engine] = []
-
-    def start(engine: Engine) -> Engine:
-        engines.append(engine)
-        engine.start()
-        return engine
-
-    yield start
-    for engine in engines:
-        engine.stop()
 
 
 def constrained(name: str, spec: GrammarSpec | None, **changes) -> EngineRequest:

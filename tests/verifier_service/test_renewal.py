@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from cluster.contracts import Configure
 from cluster.link.face import VerifierLink
-from tests.verifier_service.fake_runner import FakeRunner
 from tests.verifier_service.test_engine import WAIT_S, Guesser, Inbox, expected, make_engine, request, running
 from tests.verifier_service.test_linked import CheckedLink, linked
-from verifier_service.model.face import ForwardOutput
-from verifier_service.plan import StepPlan
+from tests.verifier_service.test_port import Slow, eventually
 from verifier_service.proposers import renewal as module
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.proposers.renewal import Renewal
@@ -65,23 +63,6 @@ class Failing(Guesser):
         self.stopped.set()
 
 
-class Paced(FakeRunner):
-    """Steps of a millisecond: a successor comes while requests run."""
-
-    def forward(self, plan: StepPlan) -> ForwardOutput:
-        time.sleep(0.001)
-        return super().forward(plan)
-
-
-def eventually(check: Callable[[], bool]) -> bool:
-    until = time.monotonic() + WAIT_S
-    while not check():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
-    return True
-
-
 @pytest.mark.parametrize("where", ["advance", "collect", "learn"])
 def test_drafting_comes_back_after_each_failure_and_no_text_changes(running, where):
     made: list[Failing] = []
@@ -90,7 +71,7 @@ def test_drafting_comes_back_after_each_failure_and_no_text_changes(running, whe
         made.append(Failing(where) if len(made) < 3 else Failing("nowhere"))
         return made[-1]
 
-    engine = running(make_engine(Paced(4, 300, 4, max_context=1024), make(), make_proposer=make, blocks=300))
+    engine = running(make_engine(Slow(4, 300, 4, max_context=1024), make(), make_proposer=make, blocks=300))
     inbox = Inbox()
     for name in "abc":
         engine.submit(request(name, output=100), inbox)
@@ -151,7 +132,7 @@ def test_a_link_that_raises_is_built_afresh_and_its_features_are_sent_from_where
         link: VerifierLink = links[-1]
         return linked(link)  # type: ignore[arg-type]
 
-    engine = running(make_engine(Paced(4, 300, 4, max_context=1024), make(), make_proposer=make, blocks=300))
+    engine = running(make_engine(Slow(4, 300, 4, max_context=1024), make(), make_proposer=make, blocks=300))
     inbox = Inbox()
     for name in "ab":
         engine.submit(request(name, output=110), inbox)
