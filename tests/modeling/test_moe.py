@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
+from modeling.experts import ExpertWeights, GroupedExperts, LoopedExperts
 from modeling.gates import ClampedGate, silu_gate
-from modeling.moe import ExpertWeights, GroupedExperts, LoopedExperts
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 2, 32, 16
 

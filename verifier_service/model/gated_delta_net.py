@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.fixed_linear import fixed_linear
-from modeling.parallel import RankGroup
+from modeling.operations import Operations
 from modeling.quantized.packed import Weight, stacked_rows
+from modeling.ranks import RankGroup
 from verifier_service.model.delta_rule import one_block, one_token, unit
 from verifier_service.model.recurrent_state import RecurrentStates, Verified
 from verifier_service.model.step import PrefillPart, Step, VerifyWindow
@@ -66,6 +66,7 @@ class RaggedGatedDeltaNet(nn.Module):
         norm_eps: float,
         chunk_rule: ChunkRule,
         ranks: RankGroup,
+        operations: Operations,
     ):
         super().__init__()
         self.state_layer, self.key_dim, self.value_dim = state_layer, key_dim, value_dim
@@ -74,7 +75,7 @@ class RaggedGatedDeltaNet(nn.Module):
         self.channels = weights.in_proj_qkv.shape[0]
         self.key_heads = (self.channels - self.heads * value_dim) // (2 * key_dim)
         # One product for everything that reads the layer's input.
-        self.in_proj = fixed_linear(
+        self.in_proj = operations.linear(
             stacked_rows([weights.in_proj_qkv, weights.in_proj_z, weights.in_proj_b, weights.in_proj_a])
         )
         self.conv = _frozen(weights.conv1d.squeeze(1))  # [channels, kernel]
@@ -82,7 +83,8 @@ class RaggedGatedDeltaNet(nn.Module):
         self.kernel = self.conv.shape[1]
         self.negative_rate = _frozen(-weights.A_log.float().exp())
         self.dt_bias = _frozen(weights.dt_bias.float())
-        self.norm, self.out_proj = _frozen(weights.norm), fixed_linear(weights.out_proj)
+        self.norm = _frozen(weights.norm)
+        self.out_proj, self.total = operations.partial_linear(weights.out_proj), operations.total
 
     def forward(self, hidden_states: torch.Tensor, *, step: Step, **_: Any) -> torch.Tensor:
         """[1, tokens, hidden] -> the same, summed over ranks."""
@@ -102,7 +104,7 @@ class RaggedGatedDeltaNet(nn.Module):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
         output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
         output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
-        return self.ranks.sum_(self.out_proj(output))[None]
+        return self.total(self.out_proj(output), self.ranks)[None]
 
     def _verify_one(
         self,

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from modeling.families import Family
-from modeling.norms import FusedRMSNorm
-from modeling.parallel import ColumnParallelLinear, RankGroup, RowParallelLinear, VocabularyHead
+from modeling.operations import Operations
+from modeling.parallel import ColumnParallelLinear, RowParallelLinear, VocabularyHead
 from modeling.quantized.packed import Weight
+from modeling.ranks import RankGroup
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet, split_by_part
@@ -40,10 +41,23 @@ class RankModel:
     recurrent: tuple[RaggedGatedDeltaNet, ...]
 
 
-def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup) -> RankModel:
+@dataclass(frozen=True)
+class _Parts:
+    """What every module of one rank is made from."""
+
+    weights: RankWeights
+    family: Family
+    ranks: RankGroup
+    operations: Operations
+
+
+def load_rank(
+    empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup, operations: Operations
+) -> RankModel:
     """Fill the meta model with this rank's tensors. Raises CheckpointError for a missing, extra or misshapen one."""
     model: Any = empty
     body = model.model
+    parts = _Parts(weights, family, ranks, operations)
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
     kv_shapes: dict[int, tuple[int, int]] = {}
     latent_shapes: dict[int, tuple[int, int]] = {}
@@ -52,15 +66,15 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     for index, layer in enumerate(body.layers):
         prefix = f"layers.{index}."
         if touchpoints.is_moe(layer.mlp):
-            layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", weights, ranks)
+            layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", weights, ranks, operations)
         if not touchpoints.is_attention_layer(layer):
-            layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", weights, len(recurrent), ranks)
+            layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", len(recurrent), parts)
             recurrent.append(layer.linear_attn)
         elif touchpoints.is_latent_attention(layer.self_attn):
-            layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, weights, family, ranks)
+            layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, parts)
             shape = layer.self_attn.shape
             latent_shapes[index] = (shape.latent, shape.rotary)
-        _fill(layer, prefix, weights, family, ranks)
+        _fill(layer, prefix, parts)
         if touchpoints.is_attention_layer(layer) and index not in latent_shapes:
             attention = layer.self_attn
             if (window := touchpoints.sliding_window(attention)) is not None:
@@ -69,8 +83,8 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
                 sinks = weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
                 attention.sinks = nn.Parameter(sinks, requires_grad=False)
             kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
-    _fill(body, "", weights, family, ranks)
-    head = VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks)
+    _fill(body, "", parts)
+    head = VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks, operations)
     weights.finish()
     return RankModel(
         embedding=embedding,
@@ -85,41 +99,40 @@ def load_rank(empty: nn.Module, weights: RankWeights, family: Family, ranks: Ran
     )
 
 
-def _fill(parent: nn.Module, prefix: str, weights: RankWeights, family: Family, ranks: RankGroup) -> None:
+def _fill(parent: nn.Module, prefix: str, parts: _Parts) -> None:
     """Give every linear and norm below `parent` its tensors; swap in parallel linears and fused norms."""
     for name, module in list(parent.named_children()):
         path = f"{prefix}{name}"
         if isinstance(module, (nn.ModuleList, LatentAttention)) or name == "rotary_emb":
             continue
         if isinstance(module, nn.Linear):
-            setattr(parent, name, _linear(module, path, weights, ranks))
+            setattr(parent, name, _linear(module, path, parts))
         elif touchpoints.is_norm(module):
-            setattr(parent, name, _norm(module, path, weights, family))
+            setattr(parent, name, _norm(module, path, parts))
         elif not isinstance(module, nn.Embedding):
-            _fill(module, f"{path}.", weights, family, ranks)
+            _fill(module, f"{path}.", parts)
 
 
-def _linear(module: nn.Linear, path: str, weights: RankWeights, ranks: RankGroup) -> nn.Module:
+def _linear(module: nn.Linear, path: str, parts: _Parts) -> nn.Module:
+    weights = parts.weights
     weight = weights.take_matrix(f"{path}.weight", tuple(module.weight.shape))
     bias = None if module.bias is None else weights.take(f"{path}.bias", tuple(module.bias.shape))
     if weights.shards.of(f"{path}.weight").dim == 1:
-        return RowParallelLinear(weight, bias, ranks)
-    return ColumnParallelLinear(weight, bias)
+        return RowParallelLinear(weight, bias, parts.ranks, parts.operations)
+    return ColumnParallelLinear(weight, bias, parts.operations)
 
 
-def _norm(module: Any, path: str, weights: RankWeights, family: Family) -> FusedRMSNorm:
-    weight = weights.take(f"{path}.weight", tuple(module.weight.shape))
-    return FusedRMSNorm(weight, touchpoints.norm_eps(module), family.zero_centered_norms)
+def _norm(module: Any, path: str, parts: _Parts) -> nn.Module:
+    weight = parts.weights.take(f"{path}.weight", tuple(module.weight.shape))
+    return parts.operations.norm(weight, touchpoints.norm_eps(module), parts.family.zero_centered_norms)
 
 
-def _latent_attention(
-    module: Any, prefix: str, layer: int, weights: RankWeights, family: Family, ranks: RankGroup
-) -> LatentAttention:
+def _latent_attention(module: Any, prefix: str, layer: int, parts: _Parts) -> LatentAttention:
     def linear(name: str) -> nn.Module:
-        return _linear(getattr(module, name), prefix + name, weights, ranks)
+        return _linear(getattr(module, name), prefix + name, parts)
 
     def norm(name: str) -> nn.Module:
-        return _norm(getattr(module, name), prefix + name, weights, family)
+        return _norm(getattr(module, name), prefix + name, parts)
 
     low_rank = module.q_lora_rank is not None
     return LatentAttention(
@@ -127,11 +140,11 @@ def _latent_attention(
         linear("kv_a_proj_with_mqa"),
         norm("kv_a_layernorm"),
         # Plain even where a checkpoint has it packed: it is divided by head. In bf16 Kimi's take 17 MB a layer in all.
-        weights.take(f"{prefix}kv_b_proj.weight", tuple(module.kv_b_proj.weight.shape)),
+        parts.weights.take(f"{prefix}kv_b_proj.weight", tuple(module.kv_b_proj.weight.shape)),
         linear("o_proj"),
         layer=layer,
         shape=LatentShape(
-            heads=module.num_heads // ranks.size,
+            heads=module.num_heads // parts.ranks.size,
             content=module.qk_nope_head_dim,
             rotary=module.qk_rope_head_dim,
             value=module.v_head_dim,
@@ -142,9 +155,9 @@ def _latent_attention(
     )
 
 
-def _delta_net(
-    module: Any, prefix: str, weights: RankWeights, state_layer: int, ranks: RankGroup
-) -> RaggedGatedDeltaNet:
+def _delta_net(module: Any, prefix: str, state_layer: int, parts: _Parts) -> RaggedGatedDeltaNet:
+    weights = parts.weights
+
     def take(name: str) -> torch.Tensor:
         return weights.take(prefix + name, tuple(module.get_parameter(name).shape))
 
@@ -157,7 +170,7 @@ def _delta_net(
     a: Weight
     if touchpoints.has_interleaved_projections(module):  # rows change places: kept dequantized if they were packed
         qkvz, ba = take("in_proj_qkvz.weight"), take("in_proj_ba.weight")
-        qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // ranks.size, module.head_k_dim)
+        qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // parts.ranks.size, module.head_k_dim)
     else:
         qkv, z, b, a = (matrix(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
     return RaggedGatedDeltaNet(
@@ -177,7 +190,8 @@ def _delta_net(
         value_dim=module.head_v_dim,
         norm_eps=module.norm.variance_epsilon,
         chunk_rule=touchpoints.chunk_gated_delta_rule,
-        ranks=ranks,
+        ranks=parts.ranks,
+        operations=parts.operations,
     )
 
 

@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from modeling.experts import Experts, ExpertWeights
 from modeling.gates import ClampedGate
-from modeling.moe import Experts, ExpertWeights, Route, SharedExpert, SparseMoe, make_experts
-from modeling.parallel import RankGroup
+from modeling.moe import Route, SharedExpert, SparseMoe
+from modeling.operations import Operations
 from modeling.quantized.packed import BlockPacked, Weight, stacked_rows
+from modeling.ranks import RankGroup
 from modeling.routing import SigmoidTopK, SoftmaxTopK
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 
 
-def load_moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) -> nn.Module:
+def load_moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup, operations: Operations) -> nn.Module:
     """prefix: of the block's tensors (`layers.3.mlp.`). Raises CheckpointError for a missing or misshapen one."""
     if touchpoints.is_gpt_oss_moe(block):
-        return touchpoints.ScoredMlp(_gpt_oss(block, prefix, weights, ranks))
+        return touchpoints.ScoredMlp(_gpt_oss(block, prefix, weights, ranks, operations))
     router = weights.take(f"{prefix}gate.weight", tuple(block.gate.weight.shape))
     route: Route
     if touchpoints.is_sigmoid_router(block.gate):
@@ -37,15 +39,16 @@ def load_moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) ->
         route = SoftmaxTopK(block.gate.top_k, getattr(block.gate, "norm_topk_prob", True))
     return SparseMoe(
         router,
-        _experts(block.experts, prefix, weights),
+        _experts(block.experts, prefix, weights, operations),
         _shared_expert(block, prefix, weights),
         route=route,
         ranks=ranks,
+        operations=operations,
     )
 
 
-def _experts(module: Any, prefix: str, weights: RankWeights) -> Experts:
-    return make_experts(
+def _experts(module: Any, prefix: str, weights: RankWeights, operations: Operations) -> Experts:
+    return operations.experts(
         ExpertWeights(
             gate_up=weights.take_matrix(f"{prefix}experts.gate_up_proj", tuple(module.gate_up_proj.shape)),
             down=weights.take_matrix(f"{prefix}experts.down_proj", tuple(module.down_proj.shape)),
@@ -68,7 +71,7 @@ def _shared_expert(block: Any, prefix: str, weights: RankWeights) -> SharedExper
     return SharedExpert(gate_up=stacked_rows([gate, up]), down=down, gate=gating)
 
 
-def _gpt_oss(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) -> SparseMoe:
+def _gpt_oss(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup, operations: Operations) -> SparseMoe:
     """Biases everywhere; gate and up come in turns, and unpacked matrices are [in, out]."""
 
     def take(name: str) -> torch.Tensor:
@@ -86,10 +89,11 @@ def _gpt_oss(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup) ->
     )
     return SparseMoe(
         take("router.weight"),
-        make_experts(experts, ClampedGate(block.experts.alpha, block.experts.limit)),
+        operations.experts(experts, ClampedGate(block.experts.alpha, block.experts.limit)),
         None,
         route=SoftmaxTopK(block.router.top_k, normalized=True),
         ranks=ranks,
+        operations=operations,
         router_bias=take("router.bias"),
     )
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from modeling.families import family_of, shard_map
 from modeling.kv_dtype import KvDtype
-from modeling.parallel import join_ranks
+from modeling.operations import TorchOperations
+from modeling.ranks import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import LoadProgress, RankWeights
@@ -61,7 +62,8 @@ class TargetRunner:
             weights = RankWeights(
                 reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
             )
-            self._model = load_rank(touchpoints.empty_model(config, dtype), weights, family, self._ranks)
+            operations = TorchOperations()
+            self._model = load_rank(touchpoints.empty_model(config, dtype), weights, family, self._ranks, operations)
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
         with torch.inference_mode():

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling.experts import ExpertWeights, LoopedExperts, make_experts
 from modeling.fixed_linear import fixed_linear
 from modeling.gates import silu_gate
-from modeling.moe import ExpertWeights, LoopedExperts, make_experts
 from modeling.quantized.packed import BlockPacked, StackedRows
 
 EXPERTS, HIDDEN, WIDTH = 5, 32, 16
