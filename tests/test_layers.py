@@ -81,6 +81,7 @@ POLICY = (
     "verifier_service/prefill_shares.py",
     "verifier_service/prefix_cache.py",
     "verifier_service/scheduler.py",
+    "verifier_service/seats.py",
     "verifier_service/sequence.py",
     "verifier_service/step_watch.py",
     "verifier_service/tally.py",

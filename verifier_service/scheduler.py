@@ -1,15 +1,13 @@
 """Who gets what in the next step: pure policy over slots, KV blocks and a token budget. No torch.
 
 First come, first served within a priority. A step holds one verify row for every decoding request, their drafts, and
-prefill chunks in what is left of the budget, divided as prefill_shares says. A request enters when a slot and the
-blocks of all its known tokens are there, with what the prefix cache has of them. When a decoding request needs a block
-and none is free, the last in order gives up its own: it waits again and is prefilled again later, its output kept as it
-was (the same path by which a request resumes on another engine).
+prefill chunks in what is left of the budget, divided as prefill_shares says. Who enters, and who gives way when blocks
+run out, is `seats`' to say: a request that gave way is prefilled again later, its output kept as it was (the same path
+by which a request resumes on another engine).
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +17,10 @@ from cluster.errors import OverloadedError
 from verifier_service.acceptance import accepted_drafts, cut
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 from verifier_service.prefill_shares import Prompt, prefill_shares
-from verifier_service.prefix_cache import Hit, PrefixCache
+from verifier_service.prefix_cache import PrefixCache
+from verifier_service.seats import Seats, order_of
 from verifier_service.sequence import Key, Progress, RunningRequest
 
-DEFERRED = 8  # so many waiting requests may stand aside for a prompt that computes what they need, and let others pass
 PREFILL_SHARE = 4  # while prompts wait, at least 1/4 of a step's budget is theirs, or first tokens might never come
 
 
@@ -65,30 +63,28 @@ class Scheduler:
             limits.blocks, limits.block_tokens, enabled=limits.prefix_cache, checkpoints=limits.checkpoints
         )
         self.pool = self.cache.pool
-        self.preemptions = 0
         self.step = 0
         self._arrivals = 0
         self._requests: dict[Key, RunningRequest] = {}
-        self._waiting: list[RunningRequest] = []
-        self._prefilling: list[RunningRequest] = []
-        self._decoding: list[RunningRequest] = []
-        self._free_slots = list(range(limits.slots - 1, -1, -1))
+        self._seats = Seats(limits.slots, limits.block_tokens, self.cache)
         self._planned: list[tuple[RunningRequest, VerifyRow | PrefillChunk]] = []
         self._decided: list[tuple[int, int]] = []
-        self._released: list[int] = []
-        self._saved: dict[int, tuple[int, int]] = {}  # checkpoint -> slot, kept: what is saved last counts
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._seats.waiting)
 
     @property
     def running(self) -> int:
-        return len(self._requests) - len(self._waiting)
+        return len(self._requests) - self.waiting
+
+    @property
+    def preemptions(self) -> int:
+        return self._seats.preemptions
 
     def counters(self) -> dict[str, float]:
         """For Status; totals since the start, save for what is in use now."""
-        return {"preemptions": float(self.preemptions), **self.cache.counters()}
+        return {"preemptions": float(self._seats.preemptions), **self.cache.counters()}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._requests
@@ -106,49 +102,43 @@ class Scheduler:
 
     def add(self, request: EngineRequest, sink: Any = None, shaping: Any = None) -> RunningRequest:
         """Queue a valid, new request. Raises OverloadedError if max_waiting others wait for whom no slot is free."""
-        if len(self._waiting) - len(self._free_slots) >= self.limits.max_waiting:
+        if self.waiting - self._seats.free_slots >= self.limits.max_waiting:
             raise OverloadedError(
-                f"{len(self._requests) - len(self._waiting)} requests run and {len(self._waiting)} wait, which is the "
-                f"limit (max_waiting {self.limits.max_waiting}): try again later"
+                f"{self.running} requests run and {self.waiting} wait, which is the limit "
+                f"(max_waiting {self.limits.max_waiting}): try again later"
             )
         self._arrivals += 1
         sequence = RunningRequest(request, (request.priority, self._arrivals), sink, shaping)
         self._requests[sequence.key] = sequence
-        insort(self._waiting, sequence, key=_order)
+        self._seats.queue(sequence)
         return sequence
 
     def remove(self, key: Key) -> RunningRequest | None:
         """Take a request out, wherever it stands, and free what it held. None if it is not here."""
         sequence = self._requests.pop(key, None)
         if sequence is not None:
-            if sequence.slot < 0:
-                self._waiting.remove(sequence)
-            else:
-                self._vacate(sequence)
+            self._seats.leave(sequence)
         return sequence
 
     def plan(self) -> StepPlan:
         """The next step. Takes over the drafts of the requests that it verifies; without work it is a heartbeat."""
         assert not self._planned, "the step before was never committed"
         self.step += 1
-        new_blocks: list[tuple[int, int]] = []
-        restored: list[tuple[int, int]] = []
-        verify = self._plan_verify(self._budget_for_verify(), new_blocks)
+        verify = self._plan_verify(self._budget_for_verify())
         used = sum(len(row.token_ids) for row in verify)
-        self._enter(new_blocks, restored)
+        self._seats.enter()
         prefill = self._plan_prefill(self.limits.step_tokens - used)
-        decided, released = tuple(self._decided), tuple(self._released)
-        saved = tuple((slot, kept, checkpoint) for checkpoint, (slot, kept) in self._saved.items())
-        self._decided, self._released, self._saved = [], [], {}
+        moves = self._seats.take_moves()
+        decided, self._decided = tuple(self._decided), []
         return StepPlan(
             step=self.step,
             verify=tuple(verify),
             prefill=tuple(prefill),
-            new_blocks=tuple(new_blocks),
-            released=released,
+            new_blocks=tuple(moves.new_blocks),
+            released=tuple(moves.released),
             decided=decided,
-            saved=saved,
-            restored=tuple(restored),
+            saved=tuple((slot, kept, checkpoint) for checkpoint, (slot, kept) in moves.saved.items()),
+            restored=tuple(moves.restored),
             heartbeat=not verify and not prefill,
         )
 
@@ -198,9 +188,9 @@ class Scheduler:
                 del self._requests[sequence.key]
                 if progress.finish == "error":
                     self.cache.disown(sequence)
-                self._vacate(sequence)
+                self._seats.leave(sequence)
         if not verify_only:
-            self._promote()
+            self._seats.promote()
         self._planned = []
         return done
 
@@ -208,25 +198,26 @@ class Scheduler:
 
     def _budget_for_verify(self) -> int:
         budget = self.limits.step_tokens
-        if not self._prefilling and not (self._waiting and self._free_slots):
+        seats = self._seats
+        if not seats.prefilling and not (seats.waiting and seats.free_slots):
             return budget
-        pending = sum(len(s.tokens) - s.computed for s in (*self._prefilling, *self._waiting[: len(self._free_slots)]))
+        pending = sum(len(s.tokens) - s.computed for s in (*seats.prefilling, *seats.waiting[: seats.free_slots]))
         return budget - min(pending, budget // PREFILL_SHARE)
 
-    def _plan_verify(self, budget: int, new_blocks: list[tuple[int, int]]) -> list[VerifyRow]:
-        chosen = self._decoding
+    def _plan_verify(self, budget: int) -> list[VerifyRow]:
+        chosen = self._seats.decoding
         if len(chosen) > budget:  # those that waited longest, in order
-            chosen = sorted(sorted(chosen, key=lambda s: (s.last_step, s.order))[:budget], key=_order)
+            chosen = sorted(sorted(chosen, key=lambda s: (s.last_step, s.order))[:budget], key=order_of)
         block_tokens = self.limits.block_tokens
         for sequence in list(chosen):
             if sequence.slot >= 0 and sequence.computed >= len(sequence.blocks) * block_tokens:
-                self._need_block(sequence, new_blocks)
+                self._seats.need_block(sequence)
         rows: list[VerifyRow] = []
         spare = budget - len(chosen)
         for sequence in chosen:
             if sequence.slot < 0:
                 continue
-            drafts = self._affordable(sequence, spare, new_blocks) if sequence.drafts else ()
+            drafts = self._affordable(sequence, spare) if sequence.drafts else ()
             spare -= len(drafts)
             row = VerifyRow(sequence.slot, sequence.computed, (sequence.tokens[-1], *drafts))
             sequence.drafts = ()
@@ -235,16 +226,7 @@ class Scheduler:
             self._planned.append((sequence, row))
         return rows
 
-    def _need_block(self, sequence: RunningRequest, new_blocks: list[tuple[int, int]]) -> None:
-        """One more block for a decoding request, if need be from the last in order, which may be itself."""
-        while not self.pool.free:
-            victim = max((*self._decoding, *self._prefilling), key=_order)
-            self._preempt(victim)
-            if victim is sequence:
-                return
-        self._grow(sequence, 1, new_blocks)
-
-    def _affordable(self, sequence: RunningRequest, spare: int, new_blocks: list[tuple[int, int]]) -> tuple[int, ...]:
+    def _affordable(self, sequence: RunningRequest, spare: int) -> tuple[int, ...]:
         """As many drafts as budget, output limit and free blocks allow: nobody is preempted for drafts."""
         count = min(len(sequence.drafts), spare, sequence.remaining - 1)
         if count <= 0:
@@ -253,7 +235,7 @@ class Scheduler:
         room = len(sequence.blocks) * block_tokens - sequence.computed - 1
         if count > room:
             blocks = min(-(-(count - room) // block_tokens), self.pool.free)
-            self._grow(sequence, blocks, new_blocks)
+            self._seats.grow(sequence, blocks)
             count = min(count, room + blocks * block_tokens)
         return sequence.drafts[:count]
 
@@ -270,7 +252,7 @@ class Scheduler:
             checkpoint = self.cache.move_checkpoint(sequence)
             if checkpoint is not None:
                 boundary = sequence.named * self.limits.block_tokens
-                self._saved[checkpoint] = (work.slot, boundary - work.start)
+                self._seats.save(checkpoint, work.slot, boundary - work.start)
         progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
         return progress
 
@@ -288,33 +270,12 @@ class Scheduler:
 
     # Prefill.
 
-    def _enter(self, new_blocks: list[tuple[int, int]], restored: list[tuple[int, int]]) -> None:
-        """Waiting requests take slots and blocks, in order; none passes one for which there is no room."""
-        deferred = 0
-        for sequence in self._waiting[: len(self._free_slots) + DEFERRED]:
-            hit = self.cache.match(sequence)
-            if not self._free_slots or not self._fits(sequence, hit):
-                return
-            if self.cache.is_coming(sequence, hit):
-                deferred += 1
-                if deferred > DEFERRED:
-                    return
-                continue
-            self._waiting.remove(sequence)
-            sequence.slot = self._free_slots.pop()
-            checkpoint = self.cache.enter(sequence, hit)
-            if checkpoint is not None:
-                restored.append((sequence.slot, checkpoint))
-            new_blocks.extend((sequence.slot, block) for block in sequence.blocks)
-            self._grow(sequence, self._blocks_for(len(sequence.tokens)) - len(sequence.blocks), new_blocks)
-            insort(self._prefilling, sequence, key=_order)
-
     def _plan_prefill(self, budget: int) -> list[PrefillChunk]:
-        if budget <= 0 or not self._prefilling:
+        if budget <= 0 or not self._seats.prefilling:
             return []
-        prompts = [Prompt(s.request.priority, len(s.tokens) - s.computed) for s in self._prefilling]
+        prompts = [Prompt(s.request.priority, len(s.tokens) - s.computed) for s in self._seats.prefilling]
         chunks: list[PrefillChunk] = []
-        for sequence, share in zip(self._prefilling, prefill_shares(prompts, budget)):
+        for sequence, share in zip(self._seats.prefilling, prefill_shares(prompts, budget)):
             if share:
                 self._plan_chunks(sequence, sequence.computed + share, chunks)
         return chunks
@@ -352,48 +313,3 @@ class Scheduler:
         if work.checkpoint >= 0:
             self.cache.keep_checkpoint(sequence, work.checkpoint, sequence.computed)
         return progress
-
-    def _fits(self, sequence: RunningRequest, hit: Hit) -> bool:
-        """With a block to spare for every running request: entering only to be preempted at once wastes a prefill."""
-        running = len(self._decoding) + len(self._prefilling)
-        fresh = self._blocks_for(len(sequence.tokens)) - len(hit.blocks)
-        return fresh + running <= self.pool.free - hit.unused
-
-    def _promote(self) -> None:
-        """Requests whose prompt is complete now decode."""
-        ready = [s for s in self._prefilling if s.computed == len(s.tokens) - 1]
-        if ready:
-            self._prefilling = [s for s in self._prefilling if s.computed != len(s.tokens) - 1]
-            for sequence in ready:
-                insort(self._decoding, sequence, key=_order)
-
-    # Slots and blocks.
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.limits.block_tokens)
-
-    def _grow(self, sequence: RunningRequest, count: int, new_blocks: list[tuple[int, int]]) -> None:
-        blocks = self.pool.allocate(count)
-        sequence.blocks.extend(blocks)
-        new_blocks.extend((sequence.slot, block) for block in blocks)
-
-    def _preempt(self, sequence: RunningRequest) -> None:
-        self.preemptions += 1
-        if sequence in self._prefilling:
-            checkpoint = self.cache.save_before_leaving(sequence)
-            if checkpoint is not None:
-                self._saved[checkpoint] = (sequence.slot, 0)
-        self._vacate(sequence)
-        sequence.drafts = ()
-        insort(self._waiting, sequence, key=_order)
-
-    def _vacate(self, sequence: RunningRequest) -> None:
-        (self._decoding if sequence in self._decoding else self._prefilling).remove(sequence)
-        self.cache.leave(sequence)
-        self._released.append(sequence.slot)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-
-
-def _order(sequence: RunningRequest) -> tuple[int, int]:
-    return sequence.order
