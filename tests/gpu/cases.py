@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,39 +23,8 @@ from kernels.rms_norm import kernel as rms_norm
 from kernels.rms_norm import reference as rms_norm_reference
 from kernels.short_conv import kernel as short_conv
 from kernels.short_conv import reference as short_conv_reference
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one shape. run, reference and library take no arguments and return a tensor or tuple of tensors.
-
-    moved: bytes that have to pass between memory and chip at least. library: torch's own way to do the same on inputs
-    laid out as it likes best (its result is not compared), or None. tolerance: for `run` against `reference`.
-    """
-
-    name: str
-    run: Call
-    reference: Call
-    moved: int
-    library: Call | None = None
-    tolerance: float = 2e-2
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where tensors go and in what dtype, and by what to divide the large sizes (1 on a GPU)."""
-
-    device: str
-    dtype: torch.dtype
-    shrink: int = 1
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
-
-    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(self.device)
+from tests.gpu.case import Call, Case, Machine
+from tests.gpu.cases_drafter import drafter_cases
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -91,6 +59,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     for temperature in (0.0, 1.0):
         yield _sample(machine, rows=max(1, 1024 // small), vocabulary=151_936 // small, temperature=temperature)
     yield _accept(machine, requests=max(2, 64 // small), rows=16)
+    yield from drafter_cases(machine)
 
 
 def _attention(
