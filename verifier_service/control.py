@@ -6,8 +6,11 @@ n x (1 + sum over i <= k of the chance that the first i drafts are all accepted)
     plain(n) + k x n x row(n) + wait(n)         (wait only if k > 0)
 
 seconds, all measured here on the steps themselves; k = 0 is plain decoding and one of the choices. Positions beyond the
-verified k are censored, not rejected. What is not measured any more grows stale, so both ways are probed now and then;
-a probe that keeps losing comes at doubling distances, which bounds what a bad drafter can cost.
+verified k are censored, not rejected. What is not measured any more grows stale, so both ways are probed now and then.
+
+A probe asks for a few of the requests only, because in a large batch it is mostly loss: the others' features would have
+to be sent first. Probes that lose come at doubling distances, and so rarely that what they lose is a small share of the
+time, the first ones at new batch sizes included.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ PLAIN_FIRST = 3  # plain steps before the first drafts of a batch size are asked
 PLAIN_EVERY = 64  # drafted steps between two plain ones
 PROBE_ROWS, PROBE_LEAST = 24, 4  # a probe lasts until so many rows are verified, and so many steps at least
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # plain steps between two probes
+PROBE_REQUESTS = 8  # are asked for in a probe, at most
+SCALED_BY = 4  # full asks after such a probe, which tell what the others cost
 PROBE_SHARE = 0.01  # of the time may go into probes that lose
+FIRST_SHARE = 0.02  # the same for all batch sizes together, before another size is probed for the first time
 OUTLIER = 8  # times the usual: a longer wait counts as one of so many, since a single one says little about the next
 FULL_EVERY = 24  # drafted steps between two that ask for all rows, so that far positions stay known
 
@@ -41,15 +47,21 @@ class Mean:
 
 @dataclass(slots=True)
 class _Costs:
-    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts.
+    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts of all requests.
 
     Steps that hold prefill are not measured: under steady load there may be no plain sample at all.
+    part: waits of the last probe, which asked for some of the requests; scale: what all cost, as a multiple of that.
     """
 
     plain: Mean = field(default_factory=Mean)
     row: Mean = field(default_factory=Mean)
     wait: Mean = field(default_factory=Mean)
+    part: Mean = field(default_factory=Mean)
+    scale: Mean = field(default_factory=lambda: Mean(value=1.0))
+    scaling: int = 0  # full asks left that tell the scale
+    lost: float = 0.0  # seconds beyond plain steps since drafting was last found worth it
     first: int = PLAIN_FIRST  # plain steps left before any drafts
+    fresh: bool = True  # never probed
     since_plain: int = 0
     since_full: int = 0
     paused: int = 0  # plain steps left before the next probe
@@ -64,26 +76,38 @@ class SpeculationControl:
         self.most = most
         self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(most)]  # P(draft i accepted | all before it accepted)
         self._costs: dict[int, _Costs] = {}
+        self._elapsed = self._lost = 0.0  # seconds: of all steps; of those, beyond plain ones in probes that lost
+        self.ask_at_most = 1 << 30  # requests, as of the last choice
 
     def choose(self, requests: int) -> int:
-        """Drafts to ask for each request of the next step; 0 = none. Call once a step."""
+        """Drafts to ask for each request of the next step, of `ask_at_most` requests; 0 = none. Call once a step."""
         costs = self._of(requests)
+        self.ask_at_most = requests
         if costs.first > 0:
             costs.first -= 1
             return 0
-        if costs.probing > 0:
-            return self.most  # until `waited` has counted them: not every choice can be followed by an ask
+        if costs.fresh:
+            if self._lost > FIRST_SHARE * self._elapsed:
+                return 0
+            self._begin_probe(costs, requests)
+        if costs.probing > 0:  # until `waited` has counted them: not every choice can be followed by an ask
+            self.ask_at_most = PROBE_REQUESTS
+            return self.most
         if costs.paused > 0:
             costs.paused -= 1
             if costs.paused == 0:
-                costs.probing = _probe_steps(requests)
+                self._begin_probe(costs, requests)
             return 0
         best = self._best(costs, requests)
         if best == 0:
-            costs.paused = min(max(costs.pause, self._affordable(costs, requests)), LONGEST_PAUSE)
+            self._lost += costs.lost
+            affordable = int(costs.lost / (PROBE_SHARE * max(costs.plain.value, 1e-9)))
+            costs.paused, costs.lost = min(max(costs.pause, affordable), LONGEST_PAUSE), 0.0
             costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
             return 0
-        costs.pause = FIRST_PAUSE
+        costs.lost = 0.0
+        if not costs.scaling:
+            costs.pause = FIRST_PAUSE
         costs.since_plain += 1
         if costs.since_plain >= PLAIN_EVERY:
             costs.since_plain = 0
@@ -97,21 +121,36 @@ class SpeculationControl:
     def step(self, requests: int, drafted: int, seconds: float) -> None:
         """A step without prefill: `requests` rows with `drafted` drafts in all took `seconds`, waits left out."""
         costs = self._of(requests)
+        self._elapsed += seconds
         if drafted == 0:
             costs.plain.add(seconds)
         elif costs.plain.samples:
             costs.row.add((seconds - costs.plain.value) / drafted)
+            costs.lost += max(0.0, seconds - costs.plain.value)
 
     def waited(self, requests: int, seconds: float | None) -> None:
-        """Asking for drafts for `requests` and waiting for them took `seconds`; None: the wait ended at its deadline.
+        """Asking for drafts as chosen and waiting for them took `seconds`; None: the wait ended at its deadline.
 
         What such a wait costs is not held against drafting: asks after it are held back by their own rule (Patience).
         """
         costs = self._of(requests)
+        partial = costs.probing > 0 and requests > PROBE_REQUESTS
         costs.probing = max(0, costs.probing - 1)
-        if seconds is not None:
-            usual = max(costs.wait.value, costs.plain.value)
-            costs.wait.add(min(seconds, OUTLIER * usual) if usual else seconds)
+        if seconds is None:
+            return
+        self._elapsed += seconds
+        costs.lost += seconds
+        usual = max(costs.wait.value, costs.plain.value)
+        seconds = min(seconds, OUTLIER * usual) if usual else seconds
+        if partial:
+            costs.part.add(seconds)
+            costs.wait.add(seconds * costs.scale.value)
+        elif costs.scaling and costs.part.value:
+            costs.scaling -= 1
+            costs.scale.add(seconds / costs.part.value)
+            costs.wait.value = costs.part.value * costs.scale.value
+        else:
+            costs.wait.add(seconds)
 
     def verified(self, drafted: int, accepted: int) -> None:
         """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known."""
@@ -122,8 +161,10 @@ class SpeculationControl:
         """Another drafter: nothing is held against it."""
         self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(self.most)]
         for size, costs in self._costs.items():
-            costs.wait = Mean()
-            costs.paused, costs.pause, costs.probing = 0, FIRST_PAUSE, _probe_steps(size)
+            costs.wait, costs.scale = Mean(), Mean(value=1.0)
+            costs.paused, costs.pause, costs.lost = 0, FIRST_PAUSE, 0.0
+            self._begin_probe(costs, size)
+        self._lost = 0.0
 
     def expected(self, drafts: int) -> float:
         """Tokens that a row with so many drafts is expected to commit."""
@@ -143,10 +184,11 @@ class SpeculationControl:
                 best, rate = drafts, promised
         return best
 
-    def _affordable(self, costs: _Costs, requests: int) -> int:
-        """Plain steps after which a probe like the last costs no more than its share of the time."""
-        wasted = self._seconds(costs, requests, self.most) - self.expected(self.most) * costs.plain.value
-        return int(_probe_steps(requests) * max(0.0, wasted) / (PROBE_SHARE * max(costs.plain.value, 1e-9)))
+    def _begin_probe(self, costs: _Costs, requests: int) -> None:
+        costs.fresh = False
+        costs.probing = _probe_steps(requests)
+        costs.part = Mean()
+        costs.scaling = SCALED_BY if requests > PROBE_REQUESTS else 0
 
     def _seconds(self, costs: _Costs, requests: int, drafts: int) -> float:
         return max(1e-9, costs.plain.value + max(0.0, drafts * requests * costs.row.value) + costs.wait.value)
@@ -154,7 +196,7 @@ class SpeculationControl:
     def _of(self, requests: int) -> _Costs:
         size = 1 << max(0, requests - 1).bit_length()
         if size not in self._costs:
-            self._costs[size] = _Costs(probing=_probe_steps(requests))
+            self._costs[size] = _Costs()
         return self._costs[size]
 
 

@@ -14,28 +14,31 @@ from verifier_service.control import FIRST_PAUSE, LONGEST_PAUSE, PLAIN_FIRST, PR
 
 @dataclass
 class Machine:
-    """plain: seconds of a plain step; row: of each drafted token; wait: for drafts; right: P(draft i | before it)."""
+    """plain: seconds of a plain step; row: of each drafted token; wait: for drafts of all requests, of which a share
+    `flat` is due for any number of them; right: P(draft i | before it)."""
 
     plain: float
     row: float
     wait: float
     right: float
+    flat: float = 1.0
 
     def run(self, control: SpeculationControl, requests: int, steps: int, seed: int = 0) -> float:
         """Tokens a second under the control."""
-        rng, drafts, tokens, seconds = random.Random(seed), 0, 0, 0.0
+        rng, drafts, asked, tokens, seconds = random.Random(seed), 0, 0, 0, 0.0
         for _ in range(steps):
-            forward = (self.plain + self.row * drafts * requests) * rng.uniform(0.97, 1.03)
-            for _ in range(requests):
+            forward = (self.plain + self.row * drafts * asked) * rng.uniform(0.97, 1.03)
+            for request in range(requests):
                 accepted = 0
-                while accepted < drafts and rng.random() < self.right:
+                while request < asked and accepted < drafts and rng.random() < self.right:
                     accepted += 1
                 tokens += 1 + accepted
-                if drafts:
+                if drafts and request < asked:
                     control.verified(drafts, accepted)
-            control.step(requests, drafts * requests, forward)
+            control.step(requests, drafts * asked, forward)
             drafts = control.choose(requests)
-            wait = self.wait if drafts else 0.0
+            asked = min(requests, control.ask_at_most) if drafts else 0
+            wait = self.wait * (self.flat + (1 - self.flat) * asked / requests) if drafts else 0.0
             if drafts:
                 control.waited(requests, wait)
             seconds += forward + wait
@@ -68,6 +71,29 @@ def test_it_comes_close_to_the_best_fixed_number_of_drafts(row, wait, right, req
     machine = Machine(plain=1.0, row=row, wait=wait, right=right)
     best = max(machine.rate(k, requests) for k in range(8))
     assert machine.run(SpeculationControl(7), requests, 2000) >= 0.9 * best
+
+
+@pytest.mark.parametrize("flat", [0.0, 0.5, 1.0])
+def test_many_requests_are_drafted_for_where_it_pays_though_probes_ask_for_few(flat):
+    machine = Machine(plain=1.0, row=0.001, wait=0.3, right=0.8, flat=flat)
+    assert machine.run(SpeculationControl(7), 64, 600) >= 0.85 * max(machine.rate(k, 64) for k in range(8))
+
+
+@pytest.mark.parametrize("flat", [0.0, 1.0])
+def test_a_short_life_with_many_requests_loses_little_to_a_drafter_that_does_not_pay(flat):
+    machine = Machine(plain=1.0, row=0.012, wait=3.0, right=0.7, flat=flat)
+    got = machine.run(SpeculationControl(7), 64, 600)
+    assert got >= 0.97 * machine.rate(0, 64)
+
+
+def test_other_batch_sizes_are_probed_only_when_the_last_losses_are_small_against_the_time_since():
+    control = SpeculationControl(7)
+    bad = Machine(plain=1.0, row=0.05, wait=1.0, right=0.0)
+    bad.run(control, 64, 60)
+    first = [control.choose(n) for n in (1, 2, 4, 16, 32) for _ in range(PLAIN_FIRST + 2)]
+    assert not any(first)
+    bad.run(control, 64, 3000)
+    assert any(control.choose(1) for _ in range(2))
 
 
 def test_a_drafter_that_turns_bad_is_left_and_one_that_turns_good_is_found_again():
@@ -155,6 +181,7 @@ def test_one_very_late_answer_does_not_end_drafting():
 def test_a_pause_is_bounded_however_much_the_last_probe_cost():
     control = warmed()
     for _ in range(100):
+        control.choose(1)
         control.waited(1, 1e9)
     rested = 0
     while control.choose(1) == 0:

@@ -53,6 +53,11 @@ class Context:
     sent: int = 0
     asked: DraftAsk | None = None
 
+    @property
+    def missing(self) -> int:
+        """Tokens whose features would have to be sent before an ask."""
+        return self.sequence.computed - self.sent
+
 
 class Contexts:
     """All of one proposer's, oldest first. At most as many as the drafter has room for have a place with it.
@@ -169,13 +174,16 @@ class Contexts:
                 if send and old < own.shape[0]:
                     self._send_new(owner, progress.start + first + old, own.shape[0] - old, sent[old:])
 
-    def catch_up(self) -> None:
-        """Send lagging contexts what the store has, as fast as the drafter takes it in."""
+    def catch_up(self, chosen: Sequence[Context] | None = None) -> None:
+        """Send lagging contexts what the store has, as fast as the drafter takes it in. chosen: to these alone."""
         if self._unplaced:
             self._place()
         left = REBUILD_ROWS
-        while self._lagging and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
-            left -= self._send_newest(self._lagging.pop())
+        lagging = self._lagging if chosen is None else self._lagging.intersection(chosen)
+        while lagging and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
+            context = lagging.pop()
+            self._lagging.discard(context)
+            left -= self._send_newest(context)
         while self._incomplete and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
             left -= self._send_older(next(iter(self._incomplete)))
 

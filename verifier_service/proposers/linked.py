@@ -76,8 +76,9 @@ class LinkProposer:
             self._contexts.hold_back(context for context, _ in moved)
             return
         began = time.monotonic()
-        self._contexts.catch_up()
-        self._ask(ready, most)
+        chosen = self._chosen(ready)
+        self._contexts.catch_up(None if chosen is ready else chosen)
+        self._ask(chosen, most)
         self._asking_s = time.monotonic() - began
 
     def collect(self) -> float:
@@ -167,6 +168,13 @@ class LinkProposer:
                 most = min(most, self._control.choose(self._requests))
         self._resting = most == 0
         return most
+
+    def _chosen(self, ready: list[Context]) -> list[Context]:
+        """As many as the control wants to be asked for, of whom the drafter lacks least."""
+        if self._control is None or len(ready) <= self._control.ask_at_most:
+            return ready
+        placed = (context for context in ready if context.placed)
+        return sorted(placed, key=lambda context: context.missing)[: self._control.ask_at_most]
 
     def _ask(self, contexts: list[Context], most: int) -> None:
         if not most:
