@@ -22,29 +22,29 @@ def gated_delta_verify(
     beta: torch.Tensor,
     memory: torch.Tensor,
     slots: torch.Tensor,
-    lengths: torch.Tensor,
+    starts: torch.Tensor,
 ) -> BlockOutcome:
     """As kernels.gated_delta.reference. Inputs may have any strides but in the last dimension of query, key, value and
-    memory; query and key have the same. key_dim and value_dim are powers of two. Raises ValueError otherwise.
+    memory; query and key have the same, so have log_decay and beta. key_dim and value_dim are powers of two. Raises
+    ValueError otherwise.
     """
-    check_arguments(key, value, memory, slots, lengths)
+    check_arguments(key, value, memory, slots, starts[1:])
     _check_sizes(key, value)
     if query.stride() != key.stride():
         raise ValueError(f"query has strides {query.stride()}, key {key.stride()}: they must lie in memory alike")
     if log_decay.stride() != beta.stride():
         raise ValueError(f"log_decay has strides {log_decay.stride()}, beta {beta.stride()}: they must lie alike")
-    rows, heads, longest, value_dim = value.shape
-    output = torch.zeros(rows, heads, longest, value_dim, dtype=torch.float32, device=value.device)
-    corrected = torch.zeros_like(output)
-    decay = torch.zeros(rows, heads, longest, dtype=torch.float32, device=value.device)
+    tokens, heads, value_dim = value.shape
+    output = torch.empty(tokens, heads, value_dim, dtype=torch.float32, device=value.device)
+    corrected = torch.empty_like(output)
+    decay = torch.empty(tokens, heads, dtype=torch.float32, device=value.device)
     columns = min(value_dim, 32)
-    _verify[(value_dim // columns, heads, rows)](
-        *(query, key, value, log_decay, beta, memory, slots, lengths, output, decay, corrected),
-        *(*key.stride()[:3], *value.stride()[:3], *beta.stride(), memory.stride(0), memory.stride(1), memory.stride(2)),
+    _verify[(value_dim // columns, heads, slots.shape[0])](
+        *(query, key, value, log_decay, beta, memory, slots, starts, output, decay, corrected),
+        *(*key.stride()[:2], *value.stride()[:2], *beta.stride(), memory.stride(0), memory.stride(1), memory.stride(2)),
         HEADS=heads,
         GROUP=heads // key.shape[1],
-        LONGEST=longest,
-        KEY_DIM=key.shape[3],
+        KEY_DIM=key.shape[2],
         VALUE_DIM=value_dim,
         VALUES=columns,
         num_warps=4,
@@ -58,6 +58,7 @@ def gated_delta_commit(
     corrected: torch.Tensor,
     memory: torch.Tensor,
     slots: torch.Tensor,
+    first: torch.Tensor,
     kept: torch.Tensor,
 ) -> None:
     """As kernels.gated_delta.reference: memory [slots, heads, key_dim, value_dim] float32 advances in place.
@@ -65,17 +66,17 @@ def gated_delta_commit(
     decay and corrected contiguous. A row that keeps nothing neither reads nor writes its state. Raises ValueError for
     sizes that are not powers of two.
     """
+    check_arguments(key, corrected, memory, slots, first)
     check_arguments(key, corrected, memory, slots, kept)
     _check_sizes(key, corrected)
-    rows, heads, longest, value_dim = corrected.shape
+    _, heads, value_dim = corrected.shape
     columns = min(value_dim, 32)
-    _commit[(value_dim // columns, heads, rows)](
-        *(key, decay.contiguous(), corrected.contiguous(), memory, slots, kept),
-        *(*key.stride()[:3], memory.stride(0), memory.stride(1), memory.stride(2)),
+    _commit[(value_dim // columns, heads, slots.shape[0])](
+        *(key, decay.contiguous(), corrected.contiguous(), memory, slots, first, kept),
+        *(*key.stride()[:2], memory.stride(0), memory.stride(1), memory.stride(2)),
         HEADS=heads,
         GROUP=heads // key.shape[1],
-        LONGEST=longest,
-        KEY_DIM=key.shape[3],
+        KEY_DIM=key.shape[2],
         VALUE_DIM=value_dim,
         VALUES=columns,
         num_warps=4,
@@ -83,7 +84,7 @@ def gated_delta_commit(
 
 
 def _check_sizes(key: torch.Tensor, value: torch.Tensor) -> None:
-    for name, size in (("key_dim", key.shape[3]), ("value_dim", value.shape[3])):
+    for name, size in (("key_dim", key.shape[2]), ("value_dim", value.shape[2])):
         if size & (size - 1):
             raise ValueError(f"{name} is {size}: the kernel wants a power of two; use the reference")
 
@@ -97,53 +98,52 @@ def _verify(
     beta,
     memory,
     slots,
-    lengths,
+    starts,
     output,
     decay,
     corrected,
-    key_row,
-    key_head,
     key_token,
-    value_row,
-    value_head,
+    key_head,
     value_token,
-    gate_row,
-    gate_head,
+    value_head,
     gate_token,
+    gate_head,
     memory_slot,
     memory_head,
     memory_key,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    LONGEST: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUES: tl.constexpr,
 ):
     part = tl.program_id(0)
     head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2)
+    first = tl.load(starts + row).to(tl.int64)
+    stop = tl.load(starts + row + 1).to(tl.int64)
+    if first >= stop:
+        return
     slot = tl.load(slots + row).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row).to(tl.int32), LONGEST)
     dim = tl.arange(0, KEY_DIM)
     column = part * VALUES + tl.arange(0, VALUES)
     state = tl.load(memory + slot * memory_slot + head * memory_head + dim[:, None] * memory_key + column[None, :])
     running = 0.0
-    cell = (row * HEADS + head) * LONGEST
-    for at in range(length):
-        where = row * key_row + (head // GROUP) * key_head + at * key_token + dim
+    for at in range(first, stop):
+        where = (head // GROUP) * key_head + at * key_token + dim
         own_query = tl.load(query + where).to(tl.float32)
         own_key = tl.load(key + where).to(tl.float32)
-        own_value = tl.load(value + row * value_row + head * value_head + at * value_token + column).to(tl.float32)
-        gate = row * gate_row + head * gate_head + at * gate_token
+        own_value = tl.load(value + head * value_head + at * value_token + column).to(tl.float32)
+        gate = head * gate_head + at * gate_token
         fade = tl.load(log_decay + gate)
         state = state * tl.exp(fade)
         fix = tl.load(beta + gate) * (own_value - tl.sum(state * own_key[:, None], 0))
         state = state + own_key[:, None] * fix[None, :]
         running += fade
-        tl.store(output + (cell + at) * VALUE_DIM + column, tl.sum(state * own_query[:, None], 0))
-        tl.store(corrected + (cell + at) * VALUE_DIM + column, fix)
-        tl.store(decay + cell + at, running, mask=part == 0)
+        cell = at * HEADS + head
+        tl.store(output + cell * VALUE_DIM + column, tl.sum(state * own_query[:, None], 0))
+        tl.store(corrected + cell * VALUE_DIM + column, fix)
+        tl.store(decay + cell, running, mask=part == 0)
 
 
 @triton.jit
@@ -153,36 +153,36 @@ def _commit(
     corrected,
     memory,
     slots,
+    starts,
     kept,
-    key_row,
-    key_head,
     key_token,
+    key_head,
     memory_slot,
     memory_head,
     memory_key,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    LONGEST: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUES: tl.constexpr,
 ):
     part = tl.program_id(0)
     head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    count = tl.minimum(tl.load(kept + row).to(tl.int32), LONGEST)
+    row = tl.program_id(2)
+    count = tl.load(kept + row).to(tl.int64)
     if count <= 0:
         return
+    first = tl.load(starts + row).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     dim = tl.arange(0, KEY_DIM)
     column = part * VALUES + tl.arange(0, VALUES)
-    cell = (row * HEADS + head) * LONGEST
-    total = tl.load(decay + cell + count - 1)
+    total = tl.load(decay + (first + count - 1) * HEADS + head)
     where = memory + slot * memory_slot + head * memory_head + dim[:, None] * memory_key + column[None, :]
     state = tl.load(where) * tl.exp(total)
-    for at in range(count):
-        weight = tl.exp(total - tl.load(decay + cell + at))
-        own_key = tl.load(key + row * key_row + (head // GROUP) * key_head + at * key_token + dim).to(tl.float32)
-        fix = tl.load(corrected + (cell + at) * VALUE_DIM + column)
+    for at in range(first, first + count):
+        cell = at * HEADS + head
+        weight = tl.exp(total - tl.load(decay + cell))
+        own_key = tl.load(key + (head // GROUP) * key_head + at * key_token + dim).to(tl.float32)
+        fix = tl.load(corrected + cell * VALUE_DIM + column)
         state = state + (own_key * weight)[:, None] * fix[None, :]
     tl.store(where, state)

@@ -8,14 +8,15 @@ alone and keeps (k, running decay, c); any prefix of the block is committed from
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 
 class BlockOutcome(NamedTuple):
-    """All float32. output, corrected [rows, heads, longest, value_dim]; decay [rows, heads, longest]: the log decays,
-    summed up. Cells from a row's length on are zero.
+    """All float32. output, corrected [tokens, heads, value_dim]; decay [tokens, heads]: the log decays, summed up from
+    the row's first token. Of tokens that belong to no row: anything.
     """
 
     output: torch.Tensor
@@ -31,32 +32,30 @@ def gated_delta_verify(
     beta: torch.Tensor,
     memory: torch.Tensor,
     slots: torch.Tensor,
-    lengths: torch.Tensor,
+    starts: torch.Tensor,
 ) -> BlockOutcome:
-    """Run row r's first lengths[r] tokens from the state memory[slots[r]], which is read and not written.
+    """Run row r's tokens, starts[r] to before starts[r + 1], from the state memory[slots[r]], which is not written.
 
-    query, key [rows, key_heads, longest, key_dim], keys of unit length, queries of unit length and scaled; value
-    [rows, heads, longest, value_dim]; log_decay, beta float32 [rows, heads, longest]; memory float32
-    [slots, heads, key_dim, value_dim]; slots, lengths int [rows]. Value head h reads key head h // (heads / key_heads).
-    Raises ValueError for shapes that do not fit.
+    query, key [tokens, key_heads, key_dim], keys of unit length, queries of unit length and scaled; value
+    [tokens, heads, value_dim]; log_decay, beta float32 [tokens, heads]; memory float32
+    [slots, heads, key_dim, value_dim]; slots int [rows]; starts int [rows + 1], ascending: a row may be empty. Value
+    head h reads key head h // (heads / key_heads). Raises ValueError for shapes that do not fit.
     """
-    check_arguments(key, value, memory, slots, lengths)
-    rows, heads, longest, _ = value.shape
-    group = heads // key.shape[1]
+    check_arguments(key, value, memory, slots, starts[1:])
+    group = value.shape[1] // key.shape[1]
     query, key = (x.float().repeat_interleave(group, dim=1) for x in (query, key))
-    state = memory[slots.long()].clone()
     output, corrected = (torch.zeros(value.shape, device=value.device) for _ in range(2))
-    decay = torch.zeros(rows, heads, longest, device=value.device)
-    for at in range(longest):
-        live = (lengths > at)[:, None].to(value.device)
-        state = state * log_decay[:, :, at, None, None].masked_fill(~live[..., None, None], 0.0).exp()
-        seen = (state * key[:, :, at, :, None]).sum(-2)
-        fix = (beta[:, :, at, None] * (value[:, :, at].float() - seen)).masked_fill(~live[..., None], 0.0)
-        state = state + key[:, :, at, :, None].masked_fill(~live[..., None, None], 0.0) * fix[..., None, :]
-        corrected[:, :, at] = fix
-        output[:, :, at] = (state * query[:, :, at, :, None]).sum(-2).masked_fill(~live[..., None], 0.0)
-        before = decay[:, :, at - 1] if at else 0.0
-        decay[:, :, at] = (before + log_decay[:, :, at]).masked_fill(~live, 0.0)
+    decay = torch.zeros(log_decay.shape, device=value.device)
+    for slot, (first, stop) in zip(slots.tolist(), pairwise(starts.tolist()), strict=True):
+        state, total = memory[slot].clone(), torch.zeros_like(decay[0])
+        for at in range(first, stop):
+            state = state * log_decay[at, :, None, None].exp()
+            seen = (state * key[at, :, :, None]).sum(-2)
+            corrected[at] = beta[at, :, None] * (value[at].float() - seen)
+            state = state + key[at, :, :, None] * corrected[at, :, None, :]
+            output[at] = (state * query[at, :, :, None]).sum(-2)
+            total = total + log_decay[at]
+            decay[at] = total
     return BlockOutcome(output, decay, corrected)
 
 
@@ -66,36 +65,39 @@ def gated_delta_commit(
     corrected: torch.Tensor,
     memory: torch.Tensor,
     slots: torch.Tensor,
+    first: torch.Tensor,
     kept: torch.Tensor,
 ) -> None:
-    """Advance memory[slots[r]] in place by row r's first kept[r] tokens; 0 leaves it as it is. Slots differ.
+    """Advance memory[slots[r]] in place by the kept[r] tokens from first[r] on; 0 leaves it as it is. Slots differ.
 
-    key [rows, key_heads, longest, key_dim] as given to the verify, decay and corrected as it returned them.
-    Raises ValueError for shapes that do not fit.
+    key [tokens, key_heads, key_dim] as given to the verify, decay and corrected as it returned them; first, kept int
+    [rows]. Raises ValueError for shapes that do not fit.
     """
+    check_arguments(key, corrected, memory, slots, first)
     check_arguments(key, corrected, memory, slots, kept)
-    heads, longest = decay.shape[1:]
-    key = key.float().repeat_interleave(heads // key.shape[1], dim=1)
-    last = (kept.long() - 1).clamp(min=0).view(-1, 1, 1).expand(-1, heads, 1)
-    total = decay.gather(-1, last).masked_fill((kept == 0).view(-1, 1, 1), 0.0)  # [rows, heads, 1]
-    beyond = torch.arange(longest, device=kept.device) >= kept[:, None]
-    weight = (total - decay).masked_fill(beyond[:, None], float("-inf")).exp()
-    written = (key * weight[..., None]).masked_fill(beyond[:, None, :, None], 0.0).transpose(-1, -2) @ corrected
-    memory[slots.long()] = memory[slots.long()] * total.exp()[..., None] + written
+    key = key.float().repeat_interleave(corrected.shape[1] // key.shape[1], dim=1)
+    for slot, begin, count in zip(slots.tolist(), first.tolist(), kept.tolist(), strict=True):
+        if count:
+            own = slice(begin, begin + count)
+            total = decay[begin + count - 1]  # [heads]
+            weighted = key[own] * (total - decay[own]).exp()[..., None]  # [count, heads, key_dim]
+            memory[slot] = memory[slot] * total.exp()[:, None, None] + weighted.permute(1, 2, 0) @ corrected[
+                own
+            ].transpose(0, 1)
 
 
 def check_arguments(
-    key: torch.Tensor, value: torch.Tensor, memory: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, memory: torch.Tensor, slots: torch.Tensor, by_row: torch.Tensor
 ) -> None:
-    rows, heads, longest, value_dim = value.shape
-    if key.shape[0] != rows or key.shape[2] != longest or heads % key.shape[1]:
+    tokens, heads, value_dim = value.shape
+    if key.dim() != 3 or key.shape[0] != tokens or heads % key.shape[1]:
         raise ValueError(
-            f"key {tuple(key.shape)} does not fit value {tuple(value.shape)}: want [{rows}, key_heads, {longest}, "
-            f"key_dim] with key_heads a divisor of {heads}"
+            f"key {tuple(key.shape)} does not fit value {tuple(value.shape)}: want [{tokens}, key_heads, key_dim] with "
+            f"key_heads a divisor of {heads}"
         )
-    if memory.dtype != torch.float32 or memory.shape[1:] != (heads, key.shape[3], value_dim):
+    if memory.dtype != torch.float32 or memory.shape[1:] != (heads, key.shape[2], value_dim):
         raise ValueError(
-            f"memory {tuple(memory.shape)} {memory.dtype} must be float32 [slots, {heads}, {key.shape[3]}, {value_dim}]"
+            f"memory {tuple(memory.shape)} {memory.dtype} must be float32 [slots, {heads}, {key.shape[2]}, {value_dim}]"
         )
-    if slots.shape != (rows,) or lengths.shape != (rows,):
-        raise ValueError(f"slots {tuple(slots.shape)} and lengths {tuple(lengths.shape)} must be [{rows}], one a row")
+    if slots.dim() != 1 or by_row.shape != slots.shape:
+        raise ValueError(f"slots {tuple(slots.shape)} do not fit what is given by row, {tuple(by_row.shape)}")

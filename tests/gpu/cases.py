@@ -24,6 +24,7 @@ from kernels.rms_norm import reference as rms_norm_reference
 from kernels.short_conv import kernel as short_conv
 from kernels.short_conv import reference as short_conv_reference
 from tests.gpu.case import Call, Case, Machine
+from tests.gpu.cases_drafter import drafter_cases
 from tests.gpu.cases_linear import linear_cases
 
 
@@ -59,6 +60,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     for temperature in (0.0, 1.0):
         yield _sample(machine, rows=max(1, 1024 // small), vocabulary=151_936 // small, temperature=temperature)
     yield _accept(machine, requests=max(2, 64 // small), rows=16)
+    yield from drafter_cases(machine)
     yield from linear_cases(machine)
 
 
@@ -141,15 +143,14 @@ def _head(machine: Machine, rows: int, width: int, vocabulary: int) -> Case:
 
 
 def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator[Case]:
-    dim = 128
-    query, key = F.normalize(machine.normal(2, requests, heads // 2, tokens, dim).float(), dim=-1).unbind()
-    value = machine.normal(requests, heads, tokens, dim)
-    beta, fade = torch.rand(2, requests, heads, tokens, device=machine.device).unbind()
-    log_decay = -fade
+    dim, count = 128, requests * tokens
+    query, key = F.normalize(machine.normal(2, count, heads // 2, dim).float(), dim=-1).unbind()
+    value = machine.normal(count, heads, dim)
+    beta, fade = torch.rand(2, count, heads, device=machine.device).unbind()
     memory = machine.normal(requests, heads, dim, dim, dtype=torch.float32)
-    slots, lengths = machine.ints(torch.randperm(requests)), machine.ints([tokens] * requests)
+    slots, starts = machine.ints(torch.randperm(requests)), machine.ints([tokens * row for row in range(requests + 1)])
     kept = machine.ints([tokens // 2] * requests)
-    verify = (query, key, value, log_decay, beta, memory, slots, lengths)
+    verify = (query, key, value, -fade, beta, memory, slots, starts)
     done = gated_delta_reference.gated_delta_verify(*verify)
     block = value.numel() * value.itemsize + 4 * (query.numel() + key.numel() + 2 * done.output.numel())
     yield Case(
@@ -161,7 +162,7 @@ def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator
     )
 
     def commit(way: Any, state: torch.Tensor) -> torch.Tensor:
-        way.gated_delta_commit(key, done.decay, done.corrected, state, slots, kept)
+        way.gated_delta_commit(key, done.decay, done.corrected, state, slots, starts[:-1], kept)
         return state
 
     states = memory.clone(), memory.clone()  # advanced again by each run: equal numbers of runs stay comparable
@@ -175,18 +176,18 @@ def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator
 
 
 def _conv(machine: Machine, requests: int, tokens: int, channels: int) -> Iterator[Case]:
-    mixed, weight = machine.normal(requests, tokens, channels), machine.normal(channels, 4)
+    mixed, weight = machine.normal(requests * tokens, channels), machine.normal(channels, 4)
     state, slots = machine.normal(requests, 3, channels), machine.ints(torch.randperm(requests))
-    lengths, kept = machine.ints([tokens] * requests), machine.ints([tokens // 2] * requests)
+    starts, kept = machine.ints([tokens * row for row in range(requests + 1)]), machine.ints([tokens // 2] * requests)
     yield Case(
         f"short_conv_verify {requests} x {tokens} tokens, {channels} channels",
-        lambda: short_conv.short_conv_verify(mixed, weight, state, slots, lengths),
-        lambda: short_conv_reference.short_conv_verify(mixed, weight, state, slots, lengths),
+        lambda: short_conv.short_conv_verify(mixed, weight, state, slots, starts),
+        lambda: short_conv_reference.short_conv_verify(mixed, weight, state, slots, starts),
         moved=mixed.itemsize * (2 * mixed.numel() + state.numel() + weight.numel()),
     )
 
     def commit(way: Any, own: torch.Tensor) -> torch.Tensor:
-        way.short_conv_commit(mixed, own, slots, kept)
+        way.short_conv_commit(mixed, own, slots, starts[:-1], kept)
         return own
 
     states = state.clone(), state.clone()

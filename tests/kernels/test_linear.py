@@ -79,10 +79,11 @@ def test_every_code_of_four_bits_means_what_the_formats_say(way):
     every = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
     x = torch.zeros(2, 32)
     x[0, 0] = x[1, 1] = 1  # the low and the high half of the first byte
-    for kind, values in (
-        ("int4", [code - 8.0 for code in range(16)]),
-        ("e2m1", [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]),
-    ):
+    meant: dict[Kind, list[float]] = {
+        "int4": [code - 8.0 for code in range(16)],
+        "e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    }
+    for kind, values in meant.items():
         got = way.linear(x, Matrix(every, kind, torch.ones(1, 1), (256, 32)))
         assert got[0].tolist() == [values[code & 15] for code in range(256)]
         assert got[1].tolist() == [values[code >> 4] for code in range(256)]
