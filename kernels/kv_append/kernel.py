@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.kv_append.reference import check_arguments
+from kernels.scaling import scaled_to_fp8
 
 
 def rotate_and_append(
@@ -61,16 +62,6 @@ def _rotate(source, cos, sin, dim, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr)
 
 
 @triton.jit
-def _scaled(vector, in_dim, scale):
-    """The vector divided by its scale, float32, which is stored at `scale`: a power of two, so that nothing rounds."""
-    largest = tl.maximum(tl.max(tl.where(in_dim, tl.abs(vector.to(tl.float32)), 0.0), 0), 7.888609052210118e-31)
-    bits = (largest * (2.0 / 448.0)).to(tl.int32, bitcast=True) & 0x7F800000
-    own = bits.to(tl.float32, bitcast=True)
-    tl.store(scale, own.to(scale.dtype.element_ty))
-    return vector.to(tl.float32) / own
-
-
-@triton.jit
 def _rotate_and_append(
     query,
     key,
@@ -121,10 +112,10 @@ def _rotate_and_append(
             where = block * key_cache_block + within * key_cache_token + kv_head * key_cache_head + dim
             cell = row * (tl.num_programs(1) - HEADS) + kv_head
             if SCALES:
-                turned = _scaled(turned, in_dim, key_scales + cell)
+                turned = scaled_to_fp8(turned, in_dim, key_scales + cell)
             tl.store(key_cache + where, turned.to(key_cache.dtype.element_ty), mask=in_dim)
             plain = tl.load(value + token * value_token + kv_head * value_head + dim, mask=in_dim, other=0.0)
             if SCALES:
-                plain = _scaled(plain, in_dim, value_scales + cell)
+                plain = scaled_to_fp8(plain, in_dim, value_scales + cell)
             where = block * value_cache_block + within * value_cache_token + kv_head * value_cache_head + dim
             tl.store(value_cache + where, plain.to(value_cache.dtype.element_ty), mask=in_dim)

@@ -18,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.paged_attention.batch import PagedBatch, check_arguments
+from kernels.paged_attention.batch import check_arguments
+from kernels.paged_batch import PagedBatch
+from kernels.ragged_tiles import add_sections, request_of
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,8 @@ def paged_attention(
         num_stages=tile.stages,
     )
     if split_tokens is not None:
-        _add_sections[(tokens, keys.shape[2])](
-            *(output, part, peak, mass, query if sinks is None else sinks, tokens, splits),
-            HEADS=heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
-            BLOCK_GROUP=triton.next_power_of_2(group),
-            SINKS=sinks is not None,
-            num_warps=min(8, triton.next_power_of_2(max(1, group * head_dim // 256))),
-        )
+        add_sections(output, part, peak, mass, group, sinks)
     return output
-
-
-@triton.jit
-def _request_of(query_starts, requests, tile, TILE_ROWS: tl.constexpr):
-    """The request that tile number `tile` belongs to; request r's tiles begin at query_starts[r] // TILE_ROWS + r."""
-    low = 0
-    high = requests
-    while low < high:
-        middle = (low + high) // 2
-        begins = tl.load(query_starts + middle) // TILE_ROWS + middle
-        if begins <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
 
 
 @triton.jit(do_not_specialize=["requests", "tokens"])
@@ -174,7 +152,7 @@ def _attend(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
 
-    request = _request_of(query_starts, requests, tile, TILE_ROWS)
+    request = request_of(query_starts, requests, tile, TILE_ROWS)
     start = tl.load(query_starts + request)
     count = tl.load(query_starts + request + 1) - start
     first_row = (tile - (start // TILE_ROWS + request)) * TILE_ROWS
@@ -262,49 +240,3 @@ def _attend(
         result = seen / tl.where(valid, total, 1.0)[:, None]
         where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
         tl.store(where, result.to(output.dtype.element_ty), mask=valid[:, None] & in_dim[None, :])
-
-
-@triton.jit(do_not_specialize=["tokens", "splits"])
-def _add_sections(
-    output,
-    part,
-    peak,
-    mass,
-    sinks,
-    tokens,
-    splits,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """One program a query row and KV head: its sections in order. A section that a row does not see weighs nothing."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    token = tl.program_id(0).to(tl.int64)
-    within = tl.arange(0, BLOCK_GROUP)
-    valid = within < GROUP
-    head = tl.program_id(1) * GROUP + within
-    dim = tl.arange(0, BLOCK_DIM)
-    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    top = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_GROUP,), tl.float32)
-    if SINKS:
-        top = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-        total = total + 1.0
-    seen = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-    for split in range(splits):
-        cell = (split * tokens + token) * HEADS + head
-        own_top = tl.load(peak + cell, mask=valid, other=0.0)
-        own_total = tl.load(mass + cell, mask=valid, other=1.0)
-        own = tl.load(part + cell[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        higher = tl.maximum(top, own_top)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        keep = tl.exp2(top - shift)
-        joins = tl.exp2(own_top - shift)
-        total = total * keep + own_total * joins
-        seen = seen * keep[:, None] + own * joins[:, None]
-        top = higher
-    where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(where, (seen / total[:, None]).to(output.dtype.element_ty), mask=mask)

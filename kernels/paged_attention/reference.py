@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.paged_attention.batch import PagedBatch, check_arguments
+from kernels.paged_attention.batch import check_arguments
+from kernels.paged_batch import PagedBatch
 
 
 def paged_attention(

@@ -18,13 +18,14 @@ from kernels.kv_append import kernel as kv_append
 from kernels.kv_append import reference as kv_append_reference
 from kernels.paged_attention import kernel as paged_attention
 from kernels.paged_attention import reference as paged_attention_reference
-from kernels.paged_attention.batch import PagedBatch
+from kernels.paged_batch import PagedBatch
 from kernels.rms_norm import kernel as rms_norm
 from kernels.rms_norm import reference as rms_norm_reference
 from kernels.short_conv import kernel as short_conv
 from kernels.short_conv import reference as short_conv_reference
 from tests.gpu.case import Call, Case, Machine
 from tests.gpu.cases_drafter import drafter_cases
+from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
 
 
@@ -62,6 +63,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     yield _accept(machine, requests=max(2, 64 // small), rows=16)
     yield from drafter_cases(machine)
     yield from linear_cases(machine)
+    yield from latent_cases(machine)
 
 
 def _attention(

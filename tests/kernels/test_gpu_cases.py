@@ -18,6 +18,7 @@ KERNELS = {"_attend", "_add_sections", "_sections", "_join", "_verify", "_commit
 KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_commit_conv"}
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_product", "_add"}
+KERNELS |= {"_attend_latents", "_append_latents"}
 
 
 def without_interpreter() -> dict[str, str]:

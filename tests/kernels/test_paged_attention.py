@@ -9,24 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.paged_attention import reference
-from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.kernel import Tiling, paged_attention
+from kernels.paged_batch import PagedBatch
+from tests.kernels.batches import BLOCK_TOKENS, a_batch, alone
 from verifier_service.model.kv_storage import KvStorage
 
-BLOCK_TOKENS = 16
 SMALL = Tiling(rows=16, tokens=16, warps=4, stages=2)
-
-
-def a_batch(rows: list[int], contexts: list[int], spare: int = 2) -> PagedBatch:
-    """Blocks of the requests lie scattered over a pool that also holds `spare` foreign ones."""
-    width = -(-max(contexts) // BLOCK_TOKENS)
-    scattered = torch.randperm(len(rows) * width + spare, dtype=torch.int32)
-    return PagedBatch(
-        block_tables=scattered[: len(rows) * width].view(len(rows), width),
-        query_starts=torch.tensor([0, *rows]).cumsum(0).int(),
-        context_lengths=torch.tensor(contexts, dtype=torch.int32),
-        longest_context=max(contexts),
-    )
 
 
 def tensors(batch: PagedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32):
@@ -138,13 +126,8 @@ def test_a_result_does_not_depend_on_the_other_requests_or_the_number_of_rows():
     together = paged_attention(query, keys, values, batch, **options)
     for request, (first, rows, context) in enumerate([(0, 3, 40), (3, 9, 50), (12, 2, 33)]):
         for kept in {1, rows}:  # the request alone, with all of its rows and with its first row only
-            alone = PagedBatch(
-                batch.block_tables[request : request + 1],
-                torch.tensor([0, kept], dtype=torch.int32),
-                torch.tensor([context - rows + kept], dtype=torch.int32),
-                longest_context=context,
-            )
-            got = paged_attention(query[first : first + kept], keys, values, alone, **options)
+            own = alone(batch, request, kept, context - rows + kept)
+            got = paged_attention(query[first : first + kept], keys, values, own, **options)
             assert torch.equal(got, together[first : first + kept])
 
 
