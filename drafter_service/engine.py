@@ -20,7 +20,7 @@ import torch
 
 from cluster.errors import LinkError, PacelineError
 from cluster.link.face import Peer
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Welcome
+from cluster.link.messages import MAX_ENTRIES, PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Welcome
 from drafter_service.attention import Block
 from drafter_service.blocks import BlockDrafter
 from drafter_service.config import DrafterSettings
@@ -30,7 +30,6 @@ from drafter_service.loading import load_drafter
 
 log = logging.getLogger(__name__)
 
-ANSWERS_PER_FRAME = 1024
 INLINE_BYTES = 16 << 20  # without a thread, features are applied when so many wait, asked for or not
 STOP_S = 10.0
 CURES = {
@@ -225,9 +224,13 @@ class DrafterEngine:
         self._moved.pop(key, None)
 
     def _acknowledge(self) -> None:
+        marks: dict[str, list[Mark]] = {}
         for (link_id, context_id), context in self._moved.items():
-            self._peers[link_id].ack(context_id, context.watermark)
+            marks.setdefault(link_id, []).append(Mark(context_id, context.watermark))
         self._moved.clear()
+        for link_id, of_link in marks.items():
+            for first in range(0, len(of_link), MAX_ENTRIES):
+                self._peers[link_id].ack(of_link[first : first + MAX_ENTRIES])
         for key in self._turned_away:
             self._counters["turned_away"] += 1
             if (peer := self._peers.get(key[0])) is not None:
@@ -272,9 +275,9 @@ class DrafterEngine:
         self._counters["asks"] += answers.count
         self._counters["empty"] += answers.empty
         for peer, of_peer in answers.by_peer():
-            for first in range(0, len(of_peer), ANSWERS_PER_FRAME):
+            for first in range(0, len(of_peer), MAX_ENTRIES):
                 try:
-                    peer.answer(of_peer[first : first + ANSWERS_PER_FRAME])
+                    peer.answer(of_peer[first : first + MAX_ENTRIES])
                 except PacelineError as error:  # context ids so long that no frame holds them
                     log.warning("answers for %s could not be sent: %s", peer.link_id, error)
 

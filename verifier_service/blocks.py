@@ -45,6 +45,11 @@ class BlockPool:
         """Blocks that can be found by their hash, in use or not."""
         return len(self._found)
 
+    @property
+    def idle(self) -> int:
+        """Blocks that can be found and have no user."""
+        return len(self._idle)
+
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one user each. Raises OutOfBlocksError, and then takes none."""
         if count > self.free:
@@ -114,10 +119,13 @@ class BlockPool:
                 self._idle.move_to_end(block)
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """These used blocks are not found any more; they are blank once their users are gone."""
+        """These blocks are not found any more; they are blank now, or once their users are gone."""
         for block in blocks:
             if self._hashes[block] is not None:
                 self._unname(block)
+                if block in self._idle:
+                    del self._idle[block]
+                    self._blank.append(block)
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

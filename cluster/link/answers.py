@@ -68,7 +68,7 @@ class AnswerBook:
             if self._waiting and not self._awaited:
                 self._changed.notify_all()
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
         """Wait until all asks that are still open are answered, the link ends or timeout_s passes; take what came."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -79,11 +79,12 @@ class AnswerBook:
                 if left <= 0 or not self._changed.wait(left):
                     break
             self._waiting = False
-            taken = {}
+            taken = []
             for ask in asks:
                 answer = self._answers.get(ask.context_id)
                 if answer is not None and answer.base == ask.base:
-                    taken[ask.context_id, ask.base] = self._answers.pop(ask.context_id)
+                    del self._answers[ask.context_id]
+                    taken.append(answer)
             return taken
 
     def close(self, context_ids: Sequence[str]) -> None:

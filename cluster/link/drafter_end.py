@@ -29,10 +29,11 @@ from cluster.link.messages import (
     FromVerifier,
     Heartbeat,
     Hello,
+    Mark,
     Refused,
     claim,
 )
-from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver
+from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver, parted
 from cluster.link.pump import Pump
 from cluster.link.torch_plane import TorchMeeting, why_unavailable
 from cluster.tls import TlsFiles, listener_context
@@ -53,9 +54,9 @@ class LinkedPeer:
     def answer(self, answers: Sequence[DraftAnswer]) -> None:
         self.connection.send(self._codec.pack(Drafted(tuple(answers))))
 
-    def ack(self, context_id: str, watermark: int) -> None:
+    def ack(self, marks: Sequence[Mark]) -> None:
         """Leaves with the next answer or heartbeat: nobody waits for it."""
-        self.connection.send(self._codec.pack(Ack(context_id, watermark)), hold=True)
+        self.connection.send(self._codec.pack(Ack(tuple(marks))), hold=True)
 
     def evicted(self, context_id: str) -> None:
         self.connection.send(self._codec.pack(Evicted(context_id)))
@@ -243,7 +244,8 @@ class DrafterServer:
         match message:
             case Append():
                 for append, rows in plane.receive(message):
-                    self._handler.append(peer, append.context_id, append.start, rows)
+                    for piece, own in parted(append.pieces, rows):
+                        self._handler.append(peer, piece.context_id, piece.start, own)
             case Draft():
                 self._handler.draft(peer, message)
             case Close():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Welcome
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Welcome
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class VerifierLink(Protocol):
     def queued_bytes(self) -> int:
         """What waits for the drafter to read it: by this, appends after a new epoch are rationed."""
 
-    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
-        """Send context features [count, hidden] (any float dtype; cast to the link's) for positions start.. ."""
+    def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
+        """Send context features [rows, hidden] (any float dtype; cast to the link's), piece after piece."""
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         """Ask for drafts of one step; earlier appends of the same contexts are applied first."""
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
-        """Wait until every ask is answered, the link breaks or timeout_s passes; what has come, by (context, base).
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
+        """Wait until every ask is answered, the link breaks or timeout_s passes; the answers that have come.
 
         An answer is handed out once. Answers that nobody collects are dropped when their context closes or moves on.
         """
@@ -74,7 +74,7 @@ class Peer(Protocol):
 
     def answer(self, answers: Sequence[DraftAnswer]) -> None: ...
 
-    def ack(self, context_id: str, watermark: int) -> None: ...
+    def ack(self, marks: Sequence[Mark]) -> None: ...
 
     def evicted(self, context_id: str) -> None: ...
 
@@ -89,7 +89,8 @@ class DrafterHandler(Protocol):
 
     def linked(self, peer: Peer) -> None: ...
 
-    def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None: ...
+    def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
+        """Of one context: what a verifier sends together comes in as many calls."""
 
     def draft(self, peer: Peer, draft: Draft) -> None: ...
 

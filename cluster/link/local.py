@@ -8,8 +8,8 @@ import torch
 
 from cluster.link.answers import AnswerBook
 from cluster.link.face import DrafterHandler, LinkState
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Hello
-from cluster.link.planes import DTYPES
+from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece
+from cluster.link.planes import DTYPES, parted
 
 
 class LocalPeer:
@@ -23,7 +23,7 @@ class LocalPeer:
     def answer(self, answers: Sequence[DraftAnswer]) -> None:
         self._book.deliver(answers)
 
-    def ack(self, context_id: str, watermark: int) -> None:
+    def ack(self, marks: Sequence[Mark]) -> None:
         return  # nothing is in flight within one process
 
     def evicted(self, context_id: str) -> None:
@@ -92,19 +92,20 @@ class LocalLink:
     def queued_bytes(self) -> int:
         return 0
 
-    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+    def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         if not self._linked or features.shape[0] == 0:
             return
         rows = features.detach().to(self._dtype)
         self._sent_bytes += rows.nbytes
-        self._handler.append(self._peer, context_id, start, rows)
+        for piece, own in parted(pieces, rows):
+            self._handler.append(self._peer, piece.context_id, piece.start, own)
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         self._book.asked(asks, 1)
         if self._linked and asks:
             self._handler.draft(self._peer, Draft(tuple(asks)))
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
         return self._book.collect(asks, timeout_s)
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:

@@ -1,14 +1,16 @@
-"""Control frames of the link between a verifier and a drafter (protocol 2): one layout, used by both ends.
+"""Control frames of the link between a verifier and a drafter (protocol 3): one layout, used by both ends.
 
 All positions are absolute token positions (0 = first prompt token). context_id = "verifier_id/request_id/choice".
-Tensor rows announced by an Append follow on the tensor plane, in the order of the Appends.
+Tensor rows announced by an Append follow on the tensor plane, in the order of the Appends. What a step says of many
+contexts travels in one frame; its parts are arrays without field names, and nothing for the garbage collector to trace.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
+MAX_ENTRIES = 512  # contexts of one frame, at most: with the longest ids, a control frame holds so many
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -51,22 +53,37 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     reason: str
 
 
-class Append(msgspec.Struct, frozen=True, tag="append"):
-    """Context features for positions start .. start+count-1 of a context. Idempotent: known positions are skipped."""
+class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Positions start .. start+count-1 of a context."""
 
     context_id: str
     start: int
     count: int
 
 
-class Ack(msgspec.Struct, frozen=True, tag="ack"):
+class Append(msgspec.Struct, frozen=True, tag="append"):
+    """Context features of these pieces, whose rows follow one after the other. At most MAX_ENTRIES of them.
+
+    Idempotent for each context: positions that are known already are skipped.
+    """
+
+    pieces: tuple[Piece, ...]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Features of a context are held for all positions below `watermark` (within the window)."""
 
     context_id: str
     watermark: int
 
 
-class DraftAsk(msgspec.Struct, frozen=True):
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """Drafter -> verifier: of all contexts that moved in one pass."""
+
+    marks: tuple[Mark, ...]
+
+
+class DraftAsk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Want `rows` draft tokens after position `base`, which holds `bonus_token`. Needs features for [.., base)."""
 
     context_id: str
@@ -81,7 +98,7 @@ class Draft(msgspec.Struct, frozen=True, tag="draft"):
     asks: tuple[DraftAsk, ...]
 
 
-class DraftAnswer(msgspec.Struct, frozen=True):
+class DraftAnswer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """token_ids may be empty ("no drafts"). confidence[i] = P(token i right | all before it in the block right)."""
 
     context_id: str

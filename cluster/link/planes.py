@@ -5,7 +5,7 @@ A plane lives as long as its epoch. Rows are [count, hidden] of the dtype that t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from cluster.errors import ProtocolError
 from cluster.link.connection import Connection
-from cluster.link.messages import Append, FromDrafter, FromVerifier, Hello
+from cluster.link.messages import MAX_ENTRIES, Append, FromDrafter, FromVerifier, Hello, Piece
 from cluster.wire import Codec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,12 +54,39 @@ def row_bytes(hidden: int, dtype: torch.dtype) -> int:
 
 def check_append(append: Append, bytes_per_row: int) -> int:
     """Bytes of the rows. Raises ProtocolError for counts and positions outside their limits."""
-    size = append.count * bytes_per_row
-    if append.count < 1 or size > MAX_ROWS_BYTES:
-        raise ProtocolError(f"append.count is {append.count}: {size} bytes of rows are not in 1..{MAX_ROWS_BYTES}")
-    if not 0 <= append.start < 1 << 48:
-        raise ProtocolError(f"append.start is {append.start}: not a token position")
+    if not 0 < len(append.pieces) <= MAX_ENTRIES:
+        raise ProtocolError(f"an append of {len(append.pieces)} pieces: there have to be 1..{MAX_ENTRIES}")
+    for piece in append.pieces:
+        if piece.count < 1:
+            raise ProtocolError(f"count of a piece is {piece.count}: less than a row")
+        if not 0 <= piece.start < 1 << 48:
+            raise ProtocolError(f"start of a piece is {piece.start}: not a token position")
+    size = sum(piece.count for piece in append.pieces) * bytes_per_row
+    if size > MAX_ROWS_BYTES:
+        raise ProtocolError(f"an append of {size} bytes of rows: more than {MAX_ROWS_BYTES}")
     return size
+
+
+def appends(pieces: Sequence[Piece], most_rows: int) -> Iterator[Append]:
+    """The pieces in frames of at most MAX_ENTRIES pieces and `most_rows` rows; a longer piece is cut."""
+    batch: list[Piece] = []
+    room = most_rows
+    for piece in pieces:
+        start, left = piece.start, piece.count
+        while left > 0:
+            count = min(left, room)
+            batch.append(piece if count == piece.count else Piece(piece.context_id, start, count))
+            start, left, room = start + count, left - count, room - count
+            if not room or len(batch) == MAX_ENTRIES:
+                yield Append(tuple(batch))
+                batch, room = [], most_rows
+    if batch:
+        yield Append(tuple(batch))
+
+
+def parted(pieces: Sequence[Piece], rows: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Each piece with its own of the rows, which are not copied."""
+    return zip(pieces, rows.split([piece.count for piece in pieces]))
 
 
 class TcpSender:
@@ -97,7 +124,7 @@ class TcpReceiver:
     def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
         array: Any = np.empty(check_append(append, self._row_bytes), np.uint8)
         self._connection.receive_into(memoryview(array))
-        rows = torch.frombuffer(array, dtype=self._dtype).view(append.count, self._hidden)
+        rows = torch.frombuffer(array, dtype=self._dtype).view(-1, self._hidden)
         yield append, rows if self._device == "cpu" else rows.to(self._device)
 
     def close(self) -> None:

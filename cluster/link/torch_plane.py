@@ -263,13 +263,14 @@ class TorchReceiver:
 
     def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
         appends = [append]
-        size = check_append(append, self._row_bytes)
-        while size < MAX_ROWS_BYTES and (following := self._connection.receive_ready()) is not None:
+        sizes = [check_append(append, self._row_bytes)]
+        while sum(sizes) < MAX_ROWS_BYTES and (following := self._connection.receive_ready()) is not None:
             if not isinstance(following, Append):
                 self._connection.unread(following)
                 break
             appends.append(following)
-            size += check_append(following, self._row_bytes)
+            sizes.append(check_append(following, self._row_bytes))
+        size = sum(sizes)
         rows = torch.empty(size // self._row_bytes, self._hidden, dtype=self._dtype, device=self._group.device)
         try:
             work = self._group.group.recv([rows], _VERIFIER, 0)
@@ -277,7 +278,7 @@ class TorchReceiver:
             raise ConnectionError(f"the tensor plane failed: {error}") from error
         self._grant(size)
         self._group.finish(work)
-        yield from zip(appends, rows.split([each.count for each in appends]))
+        yield from zip(appends, rows.split([each // self._row_bytes for each in sizes]))
 
     def close(self) -> None:
         self._group.close()

@@ -20,9 +20,9 @@ from cluster.link.candidates import Candidates
 from cluster.link.connection import MAX_CONTROL_BYTES
 from cluster.link.face import LinkState
 from cluster.link.messages import (
+    MAX_ENTRIES,
     PROTOCOL,
     Ack,
-    Append,
     Close,
     Credit,
     Draft,
@@ -33,8 +33,9 @@ from cluster.link.messages import (
     FromDrafter,
     Heartbeat,
     Hello,
+    Piece,
 )
-from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, row_bytes
+from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, appends, row_bytes
 from cluster.link.pump import Pump
 from cluster.link.session import Dialler, RefusedError, Session
 from cluster.link.torch_plane import why_unavailable
@@ -144,31 +145,30 @@ class RemoteLink:
         session = self._live()
         return session.connection.queued_bytes + session.plane.queued_bytes if session else 0
 
-    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
-        """Send context features [count, hidden]. They leave with the next ask, heartbeat or 64 KiB.
+    def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
+        """Send context features [rows, hidden], piece after piece. They leave with the next ask, heartbeat or 64 KiB.
 
         The caller's memory is free for reuse on return. Raises ValueError for rows of another width.
         """
         session = self._live()
         if session is None:
             return
-        count, hidden = features.shape
-        if hidden != self._hello.hidden:
-            raise ValueError(f"features are {hidden} wide, this link carries rows of {self._hello.hidden}")
-        if 0 < count <= self._rows_per_append:
-            session.plane.send(Append(context_id, start, count), features)
-            return
-        for first in range(0, count, self._rows_per_append):
-            rows = features[first : first + self._rows_per_append]
-            session.plane.send(Append(context_id, start + first, rows.shape[0]), rows)
+        if features.shape[1] != self._hello.hidden:
+            raise ValueError(f"features are {features.shape[1]} wide, this link carries rows of {self._hello.hidden}")
+        first = 0
+        for append in appends(pieces, self._rows_per_append):
+            count = sum(piece.count for piece in append.pieces)
+            session.plane.send(append, features[first : first + count])
+            first += count
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         session = self._live()
         self._book.asked(asks, session.epoch if session else 0)
-        if session is not None and asks:
-            session.connection.send(self._codec.pack(Draft(tuple(asks))))
+        if session is not None:
+            for first in range(0, len(asks), MAX_ENTRIES):
+                session.connection.send(self._codec.pack(Draft(tuple(asks[first : first + MAX_ENTRIES]))))
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
         return self._book.collect(asks, timeout_s)
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:

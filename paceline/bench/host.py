@@ -19,7 +19,7 @@ from rich.table import Table
 from cluster.contracts import Delta, EngineInfo, EngineRequest
 from cluster.errors import PacelineError
 from paceline.bench.interleave import order
-from paceline.bench.null_model import VOCABULARY, NullFuser, NullLink, NullRunner
+from paceline.bench.null_model import HIDDEN, VOCABULARY, NullFuser, NullLink, NullRunner
 from verifier_service.engine import Engine
 from verifier_service.features import FeatureStore
 from verifier_service.packing import pack
@@ -29,6 +29,7 @@ from verifier_service.scheduler import SchedulerLimits
 
 BLOCK_TOKENS = 16
 PROMPT_TOKENS = 32
+STORE_BYTES = 256 << 20
 RUN_S = 300.0
 
 
@@ -123,7 +124,7 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
     runner = _Timed(NullRunner(context), options.requests)
     proposer = None
     if drafts:
-        store = FeatureStore(1 << 30, BLOCK_TOKENS)
+        store = FeatureStore(STORE_BYTES, BLOCK_TOKENS, HIDDEN)
         proposer = LinkProposer(
             NullLink(drafts + 1, options.right),
             NullFuser(drafts + 1),

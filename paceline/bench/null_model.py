@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.plan import StepPlan
 
@@ -56,21 +56,25 @@ class NullLink:
     queued_bytes = 0
 
     def __init__(self, block_size: int, right: int):
-        self._right = right
+        self._drafts = [  # by bonus token
+            tuple((token + 1 + i + (i >= right)) % VOCABULARY for i in range(block_size - 1))
+            for token in range(VOCABULARY)
+        ]
+        self._confidence = (0.5,) * (block_size - 1)
         self.state = LinkState(linked=True, epoch=1, drafter_id="null", block_size=block_size, window=4096)
 
-    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+    def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         return
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         return
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
-        return {(ask.context_id, ask.base): self._answer(ask) for ask in asks}
-
-    def _answer(self, ask: DraftAsk) -> DraftAnswer:
-        ids = [(ask.bonus_token + 1 + i + (i >= self._right)) % VOCABULARY for i in range(ask.rows)]
-        return DraftAnswer(ask.context_id, ask.base, tuple(ids), (0.5,) * ask.rows)
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
+        drafts = self._drafts
+        return [
+            DraftAnswer(ask.context_id, ask.base, drafts[ask.bonus_token][: ask.rows], self._confidence[: ask.rows])
+            for ask in asks
+        ]
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         return

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.contracts import Deltas, FromEngine, Probe, Submit, ToEngine
 from cluster.errors import ProtocolError
-from cluster.link.messages import Append, Draft, DraftAnswer, DraftAsk, Drafted, FromDrafter, FromVerifier
+from cluster.link.messages import Append, Draft, DraftAnswer, DraftAsk, Drafted, FromDrafter, FromVerifier, Piece
 from cluster.wire import LENGTH, Codec
 
 CODECS: list[Codec[Any]] = [Codec(union, 1 << 16) for union in (ToEngine, FromEngine, FromVerifier, FromDrafter)]
@@ -30,7 +30,8 @@ answers = st.builds(
     st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
 )
 from_verifier = st.one_of(
-    st.builds(Append, text, integers, integers), st.builds(Draft, st.lists(asks, max_size=4).map(tuple))
+    st.builds(Append, st.lists(st.builds(Piece, text, integers, integers), max_size=4).map(tuple)),
+    st.builds(Draft, st.lists(asks, max_size=4).map(tuple)),
 )
 from_drafter = st.builds(Drafted, st.lists(answers, max_size=4).map(tuple))
 
@@ -91,7 +92,7 @@ def test_a_message_of_another_union_is_a_protocol_error():
 
 def test_a_frame_over_the_limit_is_not_packed():
     with pytest.raises(ProtocolError, match="over the limit of 65536"):
-        CODECS[2].pack(Append("x" * (1 << 17), 0, 1))
+        CODECS[2].pack(Append((Piece("x" * (1 << 17), 0, 1),)))
 
 
 @given(st.binary(max_size=64))

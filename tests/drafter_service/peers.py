@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Mark
 from drafter_service.engine import DrafterEngine
 from tests.drafter_service.pairs import BLOCK, HIDDEN
 
@@ -34,8 +34,8 @@ class RecordingPeer:
             self.frames.append(list(answers))
             self._changed.notify_all()
 
-    def ack(self, context_id: str, watermark: int) -> None:
-        self.acks.append((context_id, watermark))
+    def ack(self, marks: Sequence[Mark]) -> None:
+        self.acks += [(mark.context_id, mark.watermark) for mark in marks]
         self.acked.set()
         assert self.hold.wait(WAIT_S)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.link.local import LocalLink
-from cluster.link.messages import DraftAsk
+from cluster.link.messages import DraftAsk, Piece
 from drafter_service.engine import DrafterEngine
 from drafter_service.model import DFlashModel, block_masks
 from drafter_service.training.objective import block_hidden, block_loss, sample_blocks
@@ -99,20 +99,22 @@ def our_accepted_lengths(drafter: Path, target_dir: Path, target: Any, prompt: l
     link = LocalLink(engine, **engine.identity)
     ids, end, lengths = list(prompt), len(prompt) + NEW_TOKENS, []
     taps, logits = taps_and_logits(target, torch.tensor([ids]))
-    link.append("c", 0, fuser(taps[0]))
+    rows = fuser(taps[0])
+    link.append([Piece("c", 0, len(rows))], rows)
     ids.append(int(logits[0, -1].argmax()))
     while len(ids) < end:
         base = len(ids) - 1
         ask = DraftAsk("c", base, ids[base], min(BLOCK, end - base) - 1)
         link.ask([ask])
-        drafts = link.collect([ask], 0)["c", base].token_ids
+        drafts = link.collect([ask], 0)[0].token_ids
         assert len(drafts) == ask.rows
         taps, logits = taps_and_logits(target, torch.tensor([[*ids, *drafts]]))
         chosen = logits[0, base:].argmax(-1).tolist()
         accepted = next((i for i, token in enumerate(drafts) if token != chosen[i]), len(drafts))
         lengths.append(min(accepted + 1, end - base - 1))
         ids += chosen[: lengths[-1]]
-        link.append("c", base, fuser(taps[0, base : base + lengths[-1]]))
+        rows = fuser(taps[0, base : base + lengths[-1]])
+        link.append([Piece("c", base, len(rows))], rows)
     return lengths
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.link.messages import DraftAnswer, DraftAsk
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece
 from cluster.link.verifier_end import RemoteLink
 from drafter_service.engine import DrafterEngine
 from drafter_service.server import main, serve
@@ -84,10 +84,10 @@ def test_a_drafter_process_drafts_over_the_link_and_ends_on_sigterm(process, loc
     try:
         assert (link.state.block_size, link.state.window) == (BLOCK, 256)
         ask = DraftAsk("v/r/0", CONTEXT, 7, BLOCK - 1)
-        link.append("v/r/0", 0, features(CONTEXT)[:9])
-        link.append("v/r/0", 9, features(CONTEXT)[9:])
+        link.append([Piece("v/r/0", 0, len(features(CONTEXT)[:9]))], features(CONTEXT)[:9])
+        link.append([Piece("v/r/0", 9, len(features(CONTEXT)[9:]))], features(CONTEXT)[9:])
         link.ask([ask])
-        answer = link.collect([ask], LINK_S)["v/r/0", CONTEXT]
+        answer = link.collect([ask], LINK_S)[0]
         assert answer.token_ids == expected(local).token_ids
         assert answer.confidence == pytest.approx(expected(local).confidence, rel=1e-4)
     finally:

@@ -43,3 +43,17 @@ def test_releasing_a_free_block_is_an_error():
         pool.release([1])
     with pytest.raises(ValueError, match="block 1"):
         pool.share([1])
+
+
+def test_a_forgotten_block_without_users_is_blank_and_handed_out_once():
+    pool = BlockPool(3)
+    (first, second) = pool.allocate(2)
+    pool.cache(first, b"first")
+    pool.cache(second, b"second")
+    pool.release([first])
+    pool.forget([first, second])
+    assert (pool.idle, pool.cached, pool.free) == (0, 0, 2)
+    assert pool.find(b"first") is None
+    assert sorted([*pool.allocate(2), second]) == [0, 1, 2]
+    pool.release([second])
+    assert pool.allocate(1) == [second]

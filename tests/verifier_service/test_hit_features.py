@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cluster.contracts import EngineRequest
 from cluster.link.messages import DraftAnswer, DraftAsk
 from tests.verifier_service.test_engine import MODEL, Inbox, make_engine, request, running
-from tests.verifier_service.test_features import read, rows
 from tests.verifier_service.test_linked import CheckedLink, linked
-from verifier_service.features import FeatureStore
 
 __all__ = ["running"]
 BLOCK_TOKENS = 4  # as make_engine has them
@@ -74,44 +69,3 @@ def test_requests_in_flight_come_before_cached_blocks_in_the_stores_bytes(runnin
         inbox.wait(name)
     counters = engine.status().counters
     assert 0 < counters["block_feature_bytes"] <= 70 * ROW
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 11), min_size=1, max_size=12), st.integers(5, 60), st.integers(1, 60))
-def test_blocks_give_back_the_newest_rows_that_are_wanted(counts: list[int], window: int, wanted: int):
-    store, stop = FeatureStore(1 << 20, BLOCK_TOKENS), 0
-    hashes = [bytes([i]) for i in range(sum(counts) // BLOCK_TOKENS)]
-    for count in counts:
-        store.put_blocks("writer", stop, rows(stop, count), hashes)
-        store.put("writer", stop, rows(stop, count), window)
-        stop += count
-    assert store.block_bytes == len(hashes) * BLOCK_TOKENS * ROW
-    store.forget("writer")
-    if not hashes:
-        return
-    assert store.put_from_blocks("reader", hashes, wanted)
-    end = len(hashes) * BLOCK_TOKENS
-    assert read(store, "reader") == (max(0, end - wanted), list(range(max(0, end - wanted), end)))
-    store.forget("reader")
-    store.forget_blocks(hashes)
-    assert (store.bytes, store.block_bytes) == (0, 0)
-
-
-def test_a_block_whose_rows_are_gone_ends_what_is_given_back():
-    store = FeatureStore(1 << 20, BLOCK_TOKENS)
-    hashes = [b"0", b"1", b"2", b"3"]
-    store.put_blocks("writer", 0, rows(0, 16), hashes)
-    store.forget_blocks([b"1"])
-    assert store.put_from_blocks("reader", hashes, 100)
-    assert read(store, "reader") == (8, list(range(8, 16)))
-    assert not store.put_from_blocks("other", hashes[:2], 100)
-
-
-def test_a_kept_block_does_not_hold_the_steps_tensor_alive():
-    store = FeatureStore(1 << 20, BLOCK_TOKENS)
-    step = rows(0, 100)
-    store.put_blocks("writer", 0, step, [b"0"])
-    store.put_from_blocks("reader", [b"0"], 4)
-    (piece,) = store.between("reader", 0, 1 << 30)[1]
-    assert piece.untyped_storage().nbytes() == BLOCK_TOKENS * ROW
-    assert torch.equal(piece, step[:4])

@@ -11,7 +11,8 @@ import torch
 
 from cluster.contracts import SamplingParams
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece
+from cluster.link.planes import parted
 from tests.verifier_service.test_engine import MODEL, Inbox, expected, make_engine, request, running
 from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
@@ -53,7 +54,12 @@ class CheckedLink:
     def state(self) -> LinkState:
         return LinkState(self._linked, self._epoch, "d", "v", BLOCK, self._window, self.rows * 8, self._capacity)
 
-    def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
+    def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
+        assert features.shape[0] == sum(piece.count for piece in pieces)
+        for piece, own in parted(pieces, features):
+            self.hold(piece.context_id, piece.start, own)
+
+    def hold(self, context_id: str, start: int, features: torch.Tensor) -> None:
         context = self.contexts.setdefault(context_id, {})
         assert not self._capacity or len(self.contexts) <= self._capacity, "more contexts than there is room for"
         assert not context or start <= max(context) + 1, "a gap"
@@ -79,10 +85,10 @@ class CheckedLink:
         ids = tuple(g if self._random.random() < self._right else (g + 1) % 64 for g in guesses)
         return DraftAnswer(ask.context_id, ask.base, ids, (0.5,) * len(ids))
 
-    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> dict[tuple[str, int], DraftAnswer]:
+    def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
         self.waits.append(timeout_s)
         keys = [(ask.context_id, ask.base) for ask in asks]
-        return {key: self.answers.pop(key) for key in keys if key in self.answers}
+        return [self.answers.pop(key) for key in keys if key in self.answers]
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         self.closed.update(context_ids)
@@ -120,7 +126,7 @@ class CheckedLink:
 
 
 def linked(link: CheckedLink, **changes) -> LinkProposer:
-    store = FeatureStore(changes.pop("store_bytes", 1 << 20), 4)
+    store = FeatureStore(changes.pop("store_bytes", 1 << 20), 4, 2)
     settings = {"verifier_id": "v", "max_draft_tokens": None, "soft_deadline_s": 0.01, **changes}
     return LinkProposer(link, TapFuser(), store, **settings)
 
@@ -222,7 +228,7 @@ def test_a_link_that_goes_and_comes_back_is_used_again(running):
                 link.begin_epoch()
 
     proposer = Unlinked(
-        link, TapFuser(), FeatureStore(1 << 20, 4), verifier_id="v", max_draft_tokens=None, soft_deadline_s=0.01
+        link, TapFuser(), FeatureStore(1 << 20, 4, 2), verifier_id="v", max_draft_tokens=None, soft_deadline_s=0.01
     )
     drive(link, proposer, running, at(link.end_epoch, 3))
     assert link.state.epoch == 2

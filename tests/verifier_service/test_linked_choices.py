@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cluster.contracts import Configure
+from cluster.link.messages import Piece
 from tests.verifier_service.test_engine import Inbox, make_engine, request, running
 from tests.verifier_service.test_linked import BLOCK, CheckedLink, drive, linked
 from verifier_service.control import SpeculationControl
@@ -105,8 +107,8 @@ def test_catching_up_counts_as_time_spent_on_drafting(monkeypatch):
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     class SlowLink(CheckedLink):
-        def append(self, context_id: str, start: int, features: torch.Tensor) -> None:
-            super().append(context_id, start, features)
+        def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
+            super().append(pieces, features)
             clock.now += 1.0
 
     link, control = SlowLink(), Watched(fixed=3)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from cluster.link.face import LinkState, VerifierLink
-from cluster.link.messages import DraftAsk
-from verifier_service.features import FeatureStore
+from cluster.link.messages import DraftAsk, Piece
+from verifier_service.feature_pages import PageTable, Part
+from verifier_service.features import FeatureStore, is_all, spans
 from verifier_service.proposers.room import Room
 from verifier_service.sequence import Key, Progress, RunningRequest
 
@@ -41,6 +42,7 @@ class Fuser(Protocol):
 class Context:
     """One request. limit: drafts it may be asked for; 0 = none, and nothing is sent.
 
+    table: where its features are in the store.
     placed: the drafter has room for it. sent: features of positions lowest..sent-1 were sent in this epoch.
     asked: the ask that is not answered yet, or None.
     """
@@ -48,6 +50,7 @@ class Context:
     sequence: RunningRequest
     context_id: str
     limit: int
+    table: PageTable
     placed: bool = False
     lowest: int = 0
     sent: int = 0
@@ -80,9 +83,17 @@ class Contexts:
         self._incomplete: dict[Context, None] = {}  # older features are missing; an ordered set
         self.tokens_sent = 0
 
-    def of(self, sequence: RunningRequest) -> Context:
-        """This request's, which begins here if it is new."""
-        return self._held.get(sequence.key) or self._begin(sequence)
+    def of(self, progress: Sequence[Progress]) -> list[Context | None]:
+        """For each of them its context, which begins here if it is new; None: it is over, or never drafted for."""
+        held = self._held
+        found: list[Context | None] = []
+        for p in progress:
+            if p.finish is None:
+                context = held.get(p.sequence.key) or self._begin(p.sequence)
+                found.append(context if context.limit else None)
+            else:
+                found.append(None)
+        return found
 
     def named(self, context_id: str) -> Context | None:
         return self._by_id.get(context_id)
@@ -118,7 +129,7 @@ class Contexts:
         """These requests are over; their contexts, where there were any."""
         gone = []
         for sequence in sequences:
-            self._store.forget(sequence.key)
+            self._store.pages.forget(sequence.key)
             context = self._held.pop(sequence.key, None)
             if context is not None:
                 gone.append(context)
@@ -133,46 +144,58 @@ class Contexts:
         self._place()
         return gone
 
-    def hold_back(self, contexts: Iterable[Context]) -> None:
+    def hold_back(self, contexts: Iterable[Context | None]) -> None:
         """Nothing is sent for these until the next catch_up."""
-        self._lagging.update(context for context in contexts if context.placed)
+        self._lagging.update(context for context in contexts if context is not None and context.placed)
 
     def take(
-        self, moved: list[tuple[Context, Progress]], ended: list[Progress], taps: torch.Tensor, send: bool
+        self, owners: Sequence[Context | None], progress: Sequence[Progress], taps: torch.Tensor, send: bool
     ) -> None:
-        """Fuse the committed rows in one go, keep them, and send each context its own.
+        """Fuse the committed rows in one go, keep them, and send what is new to the drafter in one go.
 
-        ended: of requests that are over; only what completes a cached block of theirs is kept.
+        owners: as `of` has them. Of requests that are over, only what completes a cached block is kept.
         """
-        wanted: list[tuple[Context | None, Progress, int]] = []  # progress: from which of its rows on
-        for context, progress in moved:
-            sequence = context.sequence
-            if progress.start > self._store.end(sequence.key):
-                self._find(context, progress.start)
-            first = 0 if sequence.hashes else self._before_window(sequence, progress)
-            if first < progress.kept:
-                wanted.append((context, progress, first))
-        if ended:
-            wanted += [(None, progress, 0) for progress in ended if progress.sequence.hashes]
-            wanted.sort(key=lambda want: want[1].row)
-        if not wanted:
+        if send and self._link.queued_bytes >= UNSENT_BYTES:
+            self.hold_back(owners)
+            send = False
+        window, lagging = self._window, self._lagging
+        sources: list[int] = []  # of each request: its first row of the step that is fused, how many, and what of the
+        counts: list[int] = []  # fused rows is kept where, and sent
+        parts: list[Part] = []
+        pieces: list[Piece] = []
+        sent: list[int] = []
+        fused = 0
+        for owner, p in zip(owners, progress):
+            start, kept = p.start, p.kept
+            if (
+                owner is not None
+                and start == (table := owner.table).end
+                and kept < table.room
+                and len(p.sequence.tokens) - start <= window
+            ):
+                first = fresh = 0  # the usual: all rows are new, none is old, and they fill no page
+                parts.append((fused, table.extend(kept), kept))
+            else:
+                first, fresh = self._keep(owner, p, fused, parts)
+                if first == kept:
+                    continue
+            if send and owner is not None and owner.placed and owner not in lagging:
+                begin, stop = start + fresh, start + kept
+                if begin != owner.sent:
+                    begin = self._unsent(owner, begin, stop)
+                if begin < stop:
+                    pieces.append(Piece(owner.context_id, begin, stop - begin))
+                    sent.append(fused + begin - start - first)
+                    owner.sent = stop
+            sources.append(p.row + first)
+            counts.append(kept - first)
+            fused += kept - first
+        if not fused:
             return
-        firsts = [progress.row + first for _, progress, first in wanted]
-        counts = [progress.kept - first for _, progress, first in wanted]
-        if sum(counts) != taps.shape[0]:
-            taps = taps.index_select(0, _ranges(firsts, counts).to(taps.device))
-        features = self._fuser(taps)
-        stored = features.cpu()  # the same tensor on a CPU
-        own_rows = stored.split(counts)
-        sent_rows = own_rows if stored is features else features.split(counts)
-        for (owner, progress, first), own, sent in zip(wanted, own_rows, sent_rows):
-            sequence = progress.sequence
-            self._store.put_blocks(sequence.key, progress.start + first, own, sequence.hashes)
-            if owner is not None:
-                old = self._before_window(sequence, progress) - first
-                self._keep(sequence, progress.start + first, own, old)
-                if send and old < own.shape[0]:
-                    self._send_new(owner, progress.start + first + old, own.shape[0] - old, sent[old:])
+        features = self._fuser(_rows(taps, sources, counts))
+        self._store.write(features, parts)
+        if pieces:
+            self._append(pieces, _rows(features, sent, [piece.count for piece in pieces]))
 
     def catch_up(self, chosen: Sequence[Context] | None = None) -> None:
         """Send lagging contexts what the store has, as fast as the drafter takes it in. chosen: to these alone."""
@@ -187,33 +210,51 @@ class Contexts:
         while self._incomplete and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
             left -= self._send_older(next(iter(self._incomplete)))
 
-    def _keep(self, sequence: RunningRequest, start: int, rows: torch.Tensor, old: int) -> None:
-        """The first `old` rows lie before the window; of them only those of a block that is not full yet are kept."""
-        count = rows.shape[0]
-        if old > 0 and sequence.hashes:
-            begun = (start + count) % self._store.block_tokens
-            old = max(min(old, count - begun), 0)
-        if old < count:
-            self._store.put(sequence.key, start + old, rows[old:], self._window)
+    def _keep(self, owner: Context | None, p: Progress, fused: int, parts: list[Part]) -> tuple[int, int]:
+        """Any rows: from which of them on they are wanted at all, and from which on they lie in the window.
+
+        fused: how many rows of others are before them. Adds to `parts` where they are kept.
+        """
+        sequence, start, kept = p.sequence, p.start, p.kept
+        if owner is not None:
+            table = owner.table
+            if start > table.end:
+                self._find(owner, start)
+        elif p.finish is not None and sequence.hashes and sequence.request.max_draft_tokens != 0:
+            table = self._store.pages.of(sequence.key)
+        else:
+            return kept, kept
+        old = min(max(len(sequence.tokens) - self._window - start, 0), kept)
+        first = 0 if sequence.hashes else old  # a cached block's features are kept, however old
+        for skipped, at, count in self._store.pages.put(
+            table, start + first, kept - first, self._window, sequence.hashes
+        ):
+            parts.append((fused + skipped, at, count))
+        return first, old
+
+    def _unsent(self, context: Context, start: int, stop: int) -> int:
+        """From which position on rows start..stop-1 are to be sent now; `stop`: not at all."""
+        if stop <= context.sent:
+            return stop  # computed again after a preemption
+        if context.sent and start > context.sent:
+            self._lagging.add(context)
+            return stop
+        return max(start, context.sent)
 
     def _find(self, context: Context, start: int) -> None:
         """A request that nothing is held of goes on at `start`, a block boundary: after a prefix hit."""
-        sequence = context.sequence
+        sequence, pages = context.sequence, self._store.pages
         wanted = start - max(len(sequence.tokens) - self._window, 0)
-        if wanted > 0:
-            found = sequence.hashes[: start // self._store.block_tokens]
-            if self._store.put_from_blocks(sequence.key, found, wanted) and context.placed:
-                self._lagging.add(context)
-
-    def _before_window(self, sequence: RunningRequest, progress: Progress) -> int:
-        """How many of these rows lie before the window of what is known of the request."""
-        return min(max(len(sequence.tokens) - self._window - progress.start, 0), progress.kept)
+        found = wanted > 0 and pages.adopt(context.table, sequence.hashes[: start // pages.page_tokens], wanted)
+        if found and context.placed:
+            self._lagging.add(context)
 
     def _begin(self, sequence: RunningRequest) -> Context:
         own = sequence.request.max_draft_tokens
         limit = self._fuser.block_size - 1 if own is None else min(own, self._fuser.block_size - 1)
         request_id, choice = sequence.key
-        context = Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit)
+        table = self._store.pages.of(sequence.key)
+        context = Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit, table)
         self._held[sequence.key] = self._by_id[context.context_id] = context
         if limit:
             self._unplaced[context] = None
@@ -228,25 +269,15 @@ class Contexts:
             del self._unplaced[context]
             context.placed = True
             self._taken += 1
-            if self._store.end(context.sequence.key):
+            if context.table.end:
                 self._lagging.add(context)
-
-    def _send_new(self, context: Context, start: int, count: int, rows: torch.Tensor) -> None:
-        if not context.placed or context in self._lagging or start + count <= context.sent:
-            return  # no room for it; caught up below, from the store; or computed again after a preemption
-        if (context.sent and start > context.sent) or self._link.queued_bytes >= UNSENT_BYTES:
-            self._lagging.add(context)
-            return
-        if start < context.sent:
-            rows, start, count = rows[context.sent - start :], context.sent, start + count - context.sent
-        self._append(context, start, count, rows)
 
     def _send_newest(self, context: Context) -> int:
         """What follows the features that were sent, or the newest if there are none. Returns the number of rows."""
-        end = self._store.end(context.sequence.key)
+        end = context.table.end
         if context.sent:
             return self._send_stored(context, context.sent, end)
-        count = self._send_stored(context, end - NEWEST_ROWS, end)
+        count = self._send_stored(context, end - min(NEWEST_ROWS, self._window), end)
         context.lowest = end - count
         self._incomplete[context] = None
         return count
@@ -254,7 +285,7 @@ class Contexts:
     def _send_older(self, context: Context) -> int:
         """A piece below what was sent. Returns the number of rows."""
         end = context.lowest
-        oldest = max(self._store.first(context.sequence.key), context.sent - self._window)
+        oldest = max(context.table.first, context.sent - self._window)
         count = self._send_stored(context, max(oldest, end - NEWEST_ROWS), end) if oldest < end else 0
         context.lowest = end - count
         if context.lowest <= oldest:
@@ -262,21 +293,21 @@ class Contexts:
         return count
 
     def _send_stored(self, context: Context, start: int, end: int) -> int:
-        start, pieces = self._store.between(context.sequence.key, start, end)
-        if not pieces:
-            return 0
-        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        self._append(context, start, rows.shape[0], rows)
-        return rows.shape[0]
+        start, rows = self._store.read(context.table, start, end)
+        count = rows.shape[0]
+        if count:
+            self._append([Piece(context.context_id, start, count)], rows)
+            context.sent = max(context.sent, start + count)
+        return count
 
-    def _append(self, context: Context, start: int, count: int, rows: torch.Tensor) -> None:
-        self._link.append(context.context_id, start, rows)
-        self.tokens_sent += count
-        context.sent = max(context.sent, start + count)
+    def _append(self, pieces: list[Piece], rows: torch.Tensor) -> None:
+        self._link.append(pieces, rows)
+        self.tokens_sent += rows.shape[0]
 
 
-def _ranges(firsts: list[int], counts: list[int]) -> torch.Tensor:
-    """int64: first .. first + count - 1 of each pair, one after the other."""
-    lengths = np.array(counts)
-    before = lengths.cumsum() - lengths
-    return torch.from_numpy(np.repeat(np.array(firsts) - before, lengths) + np.arange(int(lengths.sum())))
+def _rows(tensor: torch.Tensor, firsts: list[int], counts: list[int]) -> torch.Tensor:
+    """Of each pair the rows first .. first + count - 1, one after the other; the tensor itself if that is all of it."""
+    index = spans(np.array(firsts), np.array(counts))
+    return (
+        tensor if is_all(index, tensor.shape[0]) else tensor.index_select(0, torch.from_numpy(index).to(tensor.device))
+    )

@@ -62,18 +62,16 @@ class LinkProposer:
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         state = self._link.state
         self._follow(state)
-        going = [(self._contexts.of(p.sequence), p) for p in progress if p.finish is None]
-        self._verified, self._requests = self._requests, len(going)
-        moved = [(context, p) for context, p in going if context.limit > 0]
-        ready = [context for context, p in moved if p.token_ids]
+        owners = self._contexts.of(progress)
+        self._verified, self._requests = self._requests, sum(p.finish is None for p in progress)
+        ready = [owner for owner, p in zip(owners, progress) if owner is not None and p.token_ids]
         most = self._most(state, bool(ready))
-        ended = [p for p in progress if p.finish is not None and p.sequence.request.max_draft_tokens != 0]
-        if taps is not None and (moved or ended):
-            self._contexts.take(moved, ended, taps, state.linked and not self._resting)
+        if taps is not None:
+            self._contexts.take(owners, progress, taps, state.linked and not self._resting)
         if not state.linked:
             return
         if self._resting:  # features go to the store only
-            self._contexts.hold_back(context for context, _ in moved)
+            self._contexts.hold_back(owners)
             return
         began = time.monotonic()
         chosen = self._chosen(ready)
@@ -83,13 +81,13 @@ class LinkProposer:
 
     def collect(self) -> float:
         if self._late:
-            self._take([context.asked for context in self._late if context.asked is not None], 0.0)
+            self._hand_out([context.asked for context in self._late if context.asked is not None], 0.0)
         asking, self._asking_s = self._asking_s, 0.0
         if not self._asks:
             return asking
         asks, self._asks = self._asks, []
         began = time.monotonic()
-        answered = self._take(asks, self._patience.soft_deadline_s)
+        answered = self._hand_out(asks, self._patience.soft_deadline_s)
         now = time.monotonic()
         waited = asking + now - began
         in_time = answered == len(asks)
@@ -115,7 +113,7 @@ class LinkProposer:
         self._late.difference_update(self._contexts.forget(sequences))
 
     def evicted(self, hashes: Sequence[BlockHash]) -> None:
-        self._store.forget_blocks(hashes)
+        self._store.pages.forget_names(hashes)
 
     def configure(self, max_draft_tokens: int | None, soft_deadline_s: float | None) -> None:
         if max_draft_tokens is not None:
@@ -200,19 +198,21 @@ class LinkProposer:
             if context is not None and context.asked is ask:
                 self._late.add(context)
 
-    def _take(self, asks: list[DraftAsk], timeout_s: float) -> int:
-        """Hand the answers that have come to their requests; how many came."""
+    def _hand_out(self, asks: list[DraftAsk], timeout_s: float) -> int:
+        """The answers that have come go to their requests; how many came."""
         answers = self._link.collect(asks, timeout_s)
-        for (context_id, _), answer in answers.items():
-            context = self._contexts.named(context_id)
+        taken = 0
+        for answer in answers:
+            context = self._contexts.named(answer.context_id)
             if context is None or context.asked is None or context.asked.base != answer.base:
                 continue
             context.asked = None
-            self._counters["draft_answers"] += 1
+            taken += 1
             if context in self._late:
                 self._late.discard(context)
                 self._counters["drafts_late"] += 1
             context.sequence.drafts = _still_useful(answer, context.sequence)
+        self._counters["draft_answers"] += taken
         return len(answers)
 
 
@@ -220,6 +220,8 @@ def _still_useful(answer: DraftAnswer, sequence: RunningRequest) -> tuple[int, .
     """What an answer says beyond the tokens committed since it was asked for; nothing if they differ from it."""
     if sequence.computed != len(sequence.tokens) - 1:
         return ()  # preempted meanwhile
+    if answer.base == sequence.computed:
+        return answer.token_ids
     since = tuple(sequence.tokens[answer.base + 1 :])
     if answer.token_ids[: len(since)] != since:
         return ()

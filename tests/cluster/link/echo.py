@@ -14,8 +14,19 @@ import torch
 
 from cluster.handshake import HANDSHAKE, LINK, Dialler, Listener
 from cluster.link.drafter_end import DrafterServer
-from cluster.link.face import Peer
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, FromDrafter, Hello, Welcome, claim
+from cluster.link.face import Peer, VerifierLink
+from cluster.link.messages import (
+    PROTOCOL,
+    Draft,
+    DraftAnswer,
+    DraftAsk,
+    FromDrafter,
+    Hello,
+    Mark,
+    Piece,
+    Welcome,
+    claim,
+)
 from cluster.link.session import parse_address
 from cluster.link.verifier_end import RemoteLink
 from cluster.wire import Codec
@@ -49,7 +60,7 @@ class Echo:
 
     def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
         self.features.setdefault(context_id, []).append((start, features))
-        peer.ack(context_id, start + len(features))
+        peer.ack([Mark(context_id, start + len(features))])
 
     def draft(self, peer: Peer, draft: Draft) -> None:
         self.asks.extend(draft.asks)
@@ -69,6 +80,11 @@ class Echo:
 
 def echoed(ask: DraftAsk) -> DraftAnswer:
     return DraftAnswer(ask.context_id, ask.base, tuple(ask.base + i for i in range(ask.rows)), (0.5,) * ask.rows)
+
+
+def append(link: VerifierLink, context_id: str, start: int, features: torch.Tensor) -> None:
+    """A piece by itself."""
+    link.append([Piece(context_id, start, len(features))], features)
 
 
 def serve(handler: Echo, **settings: object) -> DrafterServer:

@@ -9,7 +9,7 @@ import torch
 
 from cluster.link import candidates
 from cluster.link.messages import DraftAsk, Refused, Welcome
-from tests.cluster.link.echo import HARD_DEADLINE_S, HIDDEN, TOKEN, Echo, Verifier, connect, eventually, serve
+from tests.cluster.link.echo import HARD_DEADLINE_S, HIDDEN, TOKEN, Echo, Verifier, append, connect, eventually, serve
 
 
 @pytest.mark.parametrize("transport", ["tcp", "torch"])
@@ -18,12 +18,12 @@ def test_a_killed_drafter_ends_the_epoch_and_the_next_drafter_takes_over(stops, 
     link = stops(connect(first.address, second.address, tensor_transport=transport))
     eventually(lambda: link.state.drafter_id == "first")
     ask = DraftAsk("v/r/0", 5, 7, 3)
-    link.append("v/r/0", 0, torch.ones(4, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(4, HIDDEN))
     first.signal(signal.SIGKILL)
     eventually(lambda: link.state.drafter_id == "second", within_s=HARD_DEADLINE_S)
     assert link.state.linked
     assert link.state.epoch == 2
-    link.append("v/r/0", 0, torch.ones(4, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(4, HIDDEN))
     link.ask([ask])
     assert len(link.collect([ask], 5.0)) == 1
     assert link.counters["epochs_ended"] == 1
@@ -40,7 +40,7 @@ def test_a_wait_for_answers_ends_with_the_epoch(stops):
     eventually(lambda: handler.asks)
     server.stop()
     started = time.monotonic()
-    assert link.collect([ask], 30.0) == {}
+    assert link.collect([ask], 30.0) == []
     assert time.monotonic() - started < 5.0
 
 
@@ -51,10 +51,10 @@ def test_a_stalled_drafter_costs_the_soft_timeout_then_its_epoch_and_may_come_ba
     eventually(lambda: link.state.linked)
     first.signal(signal.SIGSTOP)
     ask = DraftAsk("v/r/0", 5, 7, 3)
-    link.append("v/r/0", 0, torch.ones(4, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(4, HIDDEN))
     started = time.monotonic()
     link.ask([ask])
-    assert link.collect([ask], 0.05) == {}
+    assert link.collect([ask], 0.05) == []
     assert 0.05 <= time.monotonic() - started < 0.3
     assert link.state.linked
     eventually(lambda: not link.state.linked, within_s=4 * HARD_DEADLINE_S)
@@ -68,7 +68,7 @@ def test_a_stalled_drafter_costs_the_soft_timeout_then_its_epoch_and_may_come_ba
     assert link.state.epoch == epoch
     link.set_drafters([first.address])
     eventually(lambda: link.state.linked and link.state.drafter_id == "first")
-    link.append("v/r/0", 0, torch.ones(4, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(4, HIDDEN))
     link.ask([ask])
     assert len(link.collect([ask], 5.0)) == 1
 
@@ -171,6 +171,6 @@ def test_answers_to_an_earlier_epoch_go_nowhere(stops):
     eventually(lambda: len(handler.asks) == 2)
     old.answer([])
     old.evicted("v/r/0")
-    assert link.collect([ask], 0.05) == {}
+    assert link.collect([ask], 0.05) == []
     assert link.evicted() == []
     assert old.link_id != handler.peers[1].link_id

@@ -12,6 +12,7 @@ import torch
 from cluster.errors import LinkError
 from cluster.handshake import HANDSHAKE, LINK, Accepted, Challenge, Dialler
 from cluster.link.messages import (
+    MAX_ENTRIES,
     Ack,
     Append,
     Close,
@@ -22,6 +23,8 @@ from cluster.link.messages import (
     FromDrafter,
     FromVerifier,
     Heartbeat,
+    Mark,
+    Piece,
     Refused,
     Welcome,
 )
@@ -34,6 +37,7 @@ from tests.cluster.link.echo import (
     TOKEN,
     Echo,
     Verifier,
+    append,
     connect,
     echoed,
     eventually,
@@ -44,6 +48,10 @@ from tests.cluster.link.echo import (
 ASK = DraftAsk("v/r/0", 5, 7, 3)
 CODEC: Codec[FromVerifier] = Codec(FromVerifier)
 WELCOME = Welcome("fake", "version", 8, 64, 128)
+
+
+def append_of(start: int, count: int) -> Append:
+    return Append((Piece("v/r/0", start, count),))
 
 
 class FakeDrafter:
@@ -127,10 +135,14 @@ def test_random_bytes_to_a_verifier_leave_it_linking_to_others(stops, greeted):
 @pytest.mark.parametrize(
     "message",
     [
-        Append("v/r/0", 0, 0),
-        Append("v/r/0", 0, -1),
-        Append("v/r/0", 0, 1 << 40),
-        Append("v/r/0", -1, 1),
+        Append(()),
+        append_of(0, 0),
+        append_of(0, -1),
+        append_of(0, 1 << 40),
+        append_of(-1, 1),
+        Append((Piece("v/r/0", 0, 2), Piece("v/s/0", 0, -1))),
+        Append((Piece("v/r/0", 0, 1 << 62),) * 4),
+        Append((Piece("v/r/0", 0, 1),) * (MAX_ENTRIES + 1)),
         HELLO,
     ],
 )
@@ -193,7 +205,7 @@ def test_nothing_is_heard_of_a_verifier_before_it_is_known(stops):
     handler = Echo()
     server = stops(serve(handler))
     stranger = socket.create_connection(parse_address(server.address), timeout=5)
-    stranger.sendall(CODEC.pack(HELLO) + CODEC.pack(Append("v/r/0", 0, 1)) + bytes(4 * HIDDEN))
+    stranger.sendall(CODEC.pack(HELLO) + CODEC.pack(append_of(0, 1)) + bytes(4 * HIDDEN))
     assert isinstance(HANDSHAKE.receive(stranger), Challenge)
     with pytest.raises(ConnectionError):
         HANDSHAKE.receive(stranger)
@@ -232,7 +244,7 @@ def test_a_failing_handler_costs_one_connection_and_not_the_server(stops, method
     eventually(lambda: link.state.linked)
     victim = socket.create_connection(parse_address(server.address), timeout=5)
     hello = msgspec.structs.replace(HELLO, verifier_id="bad")
-    frames = [hello, Close(("v/r/0",)), Draft((ASK,)), Append("v/r/0", 0, 1)]
+    frames = [hello, Close(("v/r/0",)), Draft((ASK,)), append_of(0, 1)]
     victim.sendall(b"".join(CODEC.pack(frame) for frame in frames) + bytes(4 * HIDDEN))
     with victim:
         while True:
@@ -299,7 +311,7 @@ def test_a_drafter_that_does_not_read_ends_its_epoch_and_holds_nobody_up(stops):
     slowest = 0.0
     for _ in range(40):
         started = time.monotonic()
-        link.append("v/r/0", 0, rows)
+        append(link, "v/r/0", 0, rows)
         slowest = max(slowest, time.monotonic() - started)
     eventually(lambda: link.counters["queue_overflows"])
     assert slowest < 0.5
@@ -335,7 +347,7 @@ def test_late_duplicate_and_unknown_answers_are_dropped_and_counted(stops):
     link.ask([newer])
     eventually(lambda: len(handler.asks) == 2)
     handler.peers[0].answer([echoed(ASK), DraftAnswer("v/unknown/0", 9, (1,), (0.5,)), echoed(newer), echoed(newer)])
-    assert link.collect([newer], 5.0) == {("v/r/0", 9): echoed(newer)}
+    assert link.collect([newer], 5.0) == [echoed(newer)]
     eventually(lambda: link.counters["duplicate"])
     counters = link.counters
     assert (counters["stale"], counters["unknown"], counters["duplicate"]) == (1, 1, 1)
@@ -349,7 +361,8 @@ def test_a_greeting_in_the_middle_of_an_epoch_ends_it(stops, stray):
 
 
 @pytest.mark.parametrize(
-    "first", [Ack("v/r/0", 1), Drafted(()), Welcome("fake", "version", 0, 64, 128), Welcome("fake", "v", 8, 64, 0)]
+    "first",
+    [Ack((Mark("v/r/0", 1),)), Drafted(()), Welcome("fake", "version", 0, 64, 128), Welcome("fake", "v", 8, 64, 0)],
 )
 def test_a_drafter_that_greets_wrongly_is_not_linked(stops, caplog, first):
     fake = stops(FakeDrafter(lambda sock, hello: sock.sendall(CODEC.pack(first))))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cluster.link.local import LocalLink
-from cluster.link.messages import DraftAsk, Heartbeat
-from tests.cluster.link.echo import HIDDEN, Echo, connect, echoed, eventually, serve
+from cluster.link.messages import DraftAsk, Heartbeat, Piece
+from tests.cluster.link.echo import HIDDEN, Echo, append, connect, echoed, eventually, serve
 
 
 @pytest.fixture(params=["tcp", "torch", "local"])
@@ -31,7 +31,7 @@ def test_an_ask_is_answered(pair):
     link, _ = pair()
     ask = DraftAsk("v/r/0", base=5, bonus_token=7, rows=3)
     link.ask([ask])
-    assert link.collect([ask], 5.0) == {("v/r/0", 5): echoed(ask)}
+    assert link.collect([ask], 5.0) == [echoed(ask)]
 
 
 def test_an_answer_is_handed_out_once(pair):
@@ -40,7 +40,7 @@ def test_an_answer_is_handed_out_once(pair):
     link.ask([ask])
     assert link.collect([ask], 5.0)
     started = time.monotonic()
-    assert link.collect([ask], 5.0) == {}
+    assert link.collect([ask], 5.0) == []
     assert time.monotonic() - started < 1.0
 
 
@@ -49,8 +49,8 @@ def test_features_arrive_in_order_before_the_ask_that_needs_them(pair):
     features = torch.randn(40, HIDDEN)
     asks = [DraftAsk(f"v/{r}/0", 4, 7, 2) for r in range(5)]
     for r, ask in enumerate(asks):
-        link.append(ask.context_id, 0, features[8 * r : 8 * r + 3])
-        link.append(ask.context_id, 3, features[8 * r + 3 : 8 * r + 8])
+        append(link, ask.context_id, 0, features[8 * r : 8 * r + 3])
+        append(link, ask.context_id, 3, features[8 * r + 3 : 8 * r + 8])
     link.ask(asks)
     assert len(link.collect(asks, 5.0)) == 5
     for r, ask in enumerate(asks):
@@ -58,9 +58,24 @@ def test_features_arrive_in_order_before_the_ask_that_needs_them(pair):
         assert torch.equal(handler.rows(ask.context_id), features[8 * r : 8 * r + 8])
 
 
+def test_what_a_step_has_for_many_contexts_is_sent_in_one_call(pair):
+    link, handler = pair()
+    counts = [1 + r % 4 for r in range(700)]  # more than a frame holds
+    features = torch.randn(sum(counts), HIDDEN)
+    pieces = [Piece(f"v/{r}/0", r, count) for r, count in enumerate(counts)]
+    asks = [DraftAsk(piece.context_id, piece.start + piece.count, 7, 2) for piece in pieces]
+    link.append(pieces, features)
+    link.ask(asks)
+    assert link.collect(asks, 10.0) == [echoed(ask) for ask in asks]
+    for piece, own in zip(pieces, features.split(counts)):
+        ((start, rows),) = handler.features[piece.context_id]
+        assert start == piece.start
+        assert torch.equal(rows, own)
+
+
 def test_features_arrive_without_an_ask(pair):
     link, handler = pair()
-    link.append("v/r/0", 0, torch.ones(2, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(2, HIDDEN))
     eventually(lambda: "v/r/0" in handler.features)
 
 
@@ -68,7 +83,7 @@ def test_features_arrive_without_an_ask(pair):
 def test_features_are_cast_to_the_dtype_of_the_link(pair, dtype):
     link, handler = pair(dtype=dtype)
     features = torch.randn(6, HIDDEN, dtype=torch.float64)
-    link.append("v/r/0", 0, features[::2])
+    append(link, "v/r/0", 0, features[::2])
     eventually(lambda: "v/r/0" in handler.features)
     received = handler.rows("v/r/0")
     assert received.dtype == getattr(torch, dtype)
@@ -101,10 +116,10 @@ def test_an_answer_from_another_thread_ends_the_wait(pair):
     handler.answering = False
     ask = DraftAsk("v/r/0", 5, 7, 3)
     link.ask([ask])
-    assert link.collect([ask], 0.01) == {}
+    assert link.collect([ask], 0.01) == []
     eventually(lambda: handler.asks)
     handler.peers[0].answer([echoed(ask)])
-    assert link.collect([ask], 5.0) == {("v/r/0", 5): echoed(ask)}
+    assert link.collect([ask], 5.0) == [echoed(ask)]
 
 
 def test_the_state_tells_what_the_drafter_said(pair):
@@ -118,9 +133,9 @@ def test_a_stopped_link_swallows_everything(pair):
     link, _ = pair()
     link.stop()
     ask = DraftAsk("v/r/0", 5, 7, 3)
-    link.append("v/r/0", 0, torch.ones(1, HIDDEN))
+    append(link, "v/r/0", 0, torch.ones(1, HIDDEN))
     link.ask([ask])
-    assert link.collect([ask], 5.0) == {}
+    assert link.collect([ask], 5.0) == []
     link.close_contexts(["v/r/0"])
     assert not link.state.linked
 
@@ -133,7 +148,7 @@ def test_long_appends_are_split_and_may_be_overwritten_at_once(stops, transport)
     eventually(lambda: link.state.linked)
     features = torch.randn(2500, 4096)  # 41 MB
     sent = features.clone()
-    link.append("v/r/0", 10, features)
+    append(link, "v/r/0", 10, features)
     features.zero_()
     ask = DraftAsk("v/r/0", 2510, 7, 3)
     link.ask([ask])
@@ -149,7 +164,7 @@ def test_features_of_another_width_are_an_error_of_the_caller(stops):
     link = stops(connect(server.address))
     eventually(lambda: link.state.linked)
     with pytest.raises(ValueError, match=f"{HIDDEN + 1} wide"):
-        link.append("v/r/0", 0, torch.ones(1, HIDDEN + 1))
+        append(link, "v/r/0", 0, torch.ones(1, HIDDEN + 1))
 
 
 def test_heartbeats_carry_the_drafters_load(stops):

@@ -13,7 +13,7 @@ from cluster.link import candidates
 from cluster.link.messages import DraftAsk
 from cluster.tls import TlsFiles
 from tests.cluster.certificates import tls_files
-from tests.cluster.link.echo import HIDDEN, Echo, connect, eventually, serve
+from tests.cluster.link.echo import HIDDEN, Echo, append, connect, eventually, serve
 
 ASK = DraftAsk("v/r/0", 5, 7, 3)
 
@@ -60,9 +60,9 @@ def test_drafts_and_features_pass_and_only_with_tls_unreadably(stops, files, enc
     link = stops(connect(tap.address, tls=tls))
     eventually(lambda: link.state.linked)
     rows = torch.arange(4 * HIDDEN, dtype=torch.float32).reshape(4, HIDDEN)
-    link.append("a-telling-name/r/0", 0, rows)
+    append(link, "a-telling-name/r/0", 0, rows)
     link.ask([ASK])
-    assert link.collect([ASK], 5.0)[ASK.context_id, ASK.base].token_ids == (5, 6, 7)
+    assert link.collect([ASK], 5.0)[0].token_ids == (5, 6, 7)
     assert torch.equal(handler.rows("a-telling-name/r/0"), rows)
     assert (b"a-telling-name" in tap.seen) == (not encrypted)
     assert (rows.numpy().tobytes() in tap.seen) == (not encrypted)
@@ -77,7 +77,7 @@ def test_many_megabytes_arrive_whole_through_a_full_line(stops, files):
     sent = [torch.randn(rows, HIDDEN, generator=draw) for rows in (1, 40_000, 7, 200_000, 3, 90_000)]
     start = 0
     for rows in sent:
-        link.append("v/r/0", start, rows)
+        append(link, "v/r/0", start, rows)
         start += rows.shape[0]
     link.ask([ASK])
     assert len(link.collect([ASK], 20.0)) == 1
@@ -91,7 +91,7 @@ def test_appends_go_out_while_answers_come_in(stops, files):
     eventually(lambda: link.state.linked)
     for base in range(1, 400):
         ask = DraftAsk("v/r/0", base, 7, 3)
-        link.append("v/r/0", base - 1, torch.ones(64, HIDDEN))
+        append(link, "v/r/0", base - 1, torch.ones(64, HIDDEN))
         link.ask([ask])
         assert len(link.collect([ask], 5.0)) == 1
     assert link.state.epoch == 1
