@@ -23,10 +23,10 @@ def check_arguments(
 ) -> None:
     """Raises ValueError naming the argument that does not fit the others. Looks at shapes only, never at contents."""
     heads, head_dim = query.shape[1:]
-    if keys.shape != values.shape or keys.dim() != 4 or keys.shape[3] != head_dim:
+    if keys.dim() != 4 or values.shape[:-1] != keys.shape[:-1] or keys.shape[3] != head_dim:
         raise ValueError(
-            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be "
-            f"[blocks, block_tokens, kv_heads, {head_dim}]"
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [blocks, block_tokens, kv_heads, "
+            f"{head_dim}] and the same with any width of values"
         )
     if heads % keys.shape[2]:
         raise ValueError(f"query has {heads} heads, which {keys.shape[2]} KV heads cannot share evenly")

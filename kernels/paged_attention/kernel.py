@@ -40,6 +40,13 @@ def tiling(head_dim: int, group: int) -> Tiling:
     return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=2)
 
 
+def parts(width: int) -> tuple[int, int]:
+    """Powers of two that a vector is read in: one that holds it all, or two where those hold less (192 = 128 + 64)."""
+    whole = max(16, triton.next_power_of_2(width))
+    rest = max(16, triton.next_power_of_2(width - whole // 2))
+    return (whole, 0) if whole // 2 < 16 or whole // 2 + rest >= whole else (whole // 2, rest)
+
+
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -55,7 +62,7 @@ def paged_attention(
     split_tokens: int | None = None,
     tile: Tiling | None = None,
 ) -> torch.Tensor:
-    """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, head_dim] -> like query.
+    """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, width] -> as wide as values.
 
     As kernels.paged_attention.reference, which defines every argument. Queries float32, float16 or bfloat16; keys and
     values the same or fp8. Accumulates in float32. Any stride but the last dimension's may be anything.
@@ -70,11 +77,12 @@ def paged_attention(
     if split_tokens is not None and split_tokens % tile.tokens:
         raise ValueError(f"split_tokens is {split_tokens}: want a multiple of the tile's {tile.tokens} tokens")
     splits = 1 if split_tokens is None else max(1, -(-batch.longest_context // split_tokens))
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    value_dim = values.shape[3]
+    output = torch.empty(tokens, heads, value_dim, dtype=query.dtype, device=query.device)
     if split_tokens is None:
         part, peak, mass = output, output, output  # never written as such
     else:
-        part = torch.empty(splits, tokens, heads, head_dim, dtype=torch.float32, device=query.device)
+        part = torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=query.device)
         peak = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
         mass = torch.empty_like(peak)
     tile_rows = tile.rows // group  # query rows of a tile
@@ -87,8 +95,12 @@ def paged_attention(
         *(keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2)),
         HEADS=heads,
         GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+        KEY_DIM=head_dim,
+        KEY_BLOCK=parts(head_dim)[0],
+        KEY_REST=parts(head_dim)[1],
+        VALUE_DIM=value_dim,
+        VALUE_BLOCK=parts(value_dim)[0],
+        VALUE_REST=parts(value_dim)[1],
         BLOCK_TOKENS=keys.shape[1],
         WINDOW=0 if sliding_window is None else sliding_window,
         SOFT_CAP=soft_cap is not None,
@@ -135,8 +147,12 @@ def _attend(
     value_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    VALUE_REST: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -167,8 +183,10 @@ def _attend(
     valid = (packed < TILE_ROWS * GROUP) & (row < count)
     token = (start + row).to(tl.int64)
     position = before + row
-    dim = tl.arange(0, BLOCK_DIM)
-    in_dim = dim < HEAD_DIM
+    key_dim = tl.arange(0, KEY_BLOCK)
+    value_dim = tl.arange(0, VALUE_BLOCK)
+    in_key = key_dim < KEY_DIM
+    in_value = value_dim < VALUE_DIM
 
     # The tiles of keys that some row of this tile sees. They begin at multiples of TOKENS whatever the window.
     last = before + tl.minimum(first_row + TILE_ROWS, count)
@@ -179,25 +197,31 @@ def _attend(
         first = tl.maximum(first, split * SPLIT)
         last = tl.minimum(last, (split + 1) * SPLIT)
 
-    own = tl.load(
-        query + token[:, None] * query_token + head[:, None] * query_head + dim[None, :],
-        mask=valid[:, None] & in_dim[None, :],
-        other=0.0,
-    )
+    query_at = query + token[:, None] * query_token + head[:, None] * query_head
+    own = tl.load(query_at + key_dim[None, :], mask=valid[:, None] & in_key[None, :], other=0.0)
+    if KEY_REST > 0:
+        more_key = KEY_BLOCK + tl.arange(0, KEY_REST)
+        mask = valid[:, None] & (more_key < KEY_DIM)[None, :]
+        own_rest = tl.load(query_at + more_key[None, :], mask=mask, other=0.0)
     top = tl.full((ROWS,), float("-inf"), tl.float32)  # highest score so far, in units of log 2
     total = tl.zeros((ROWS,), tl.float32)
-    seen = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+    seen = tl.zeros((ROWS, VALUE_BLOCK), tl.float32)
+    if VALUE_REST > 0:
+        more_value = VALUE_BLOCK + tl.arange(0, VALUE_REST)
+        seen_rest = tl.zeros((ROWS, VALUE_REST), tl.float32)
     for begin in range(first, last, TOKENS):
         at = begin + tl.arange(0, TOKENS)
         stored = at < last
         block = tl.load(block_tables + request * table_stride + at // BLOCK_TOKENS, mask=stored, other=0).to(tl.int64)
         within = at % BLOCK_TOKENS
-        key = tl.load(
-            keys + (block * key_block + within * key_token + kv_head * key_head)[None, :] + dim[:, None],
-            mask=stored[None, :] & in_dim[:, None],
-            other=0.0,
-        ).to(own.dtype)
-        score = tl.dot(own, key, input_precision="ieee") * scaling
+        key_at = keys + (block * key_block + within * key_token + kv_head * key_head)[None, :]
+        key = tl.load(key_at + key_dim[:, None], mask=stored[None, :] & in_key[:, None], other=0.0).to(own.dtype)
+        score = tl.dot(own, key, input_precision="ieee")
+        if KEY_REST > 0:
+            more = stored[None, :] & (more_key < KEY_DIM)[:, None]
+            key_rest = tl.load(key_at + more_key[:, None], mask=more, other=0.0).to(own.dtype)
+            score = tl.dot(own_rest, key_rest, score, input_precision="ieee")
+        score *= scaling
         if SCALES:
             cell = (block * BLOCK_TOKENS + within) * (HEADS // GROUP) + kv_head
             score *= tl.load(key_scales + cell, mask=stored, other=0.0).to(tl.float32)[None, :]
@@ -216,20 +240,23 @@ def _attend(
         total = total * keep + tl.sum(weight, 1)
         if SCALES:
             weight *= tl.load(value_scales + cell, mask=stored, other=0.0).to(tl.float32)[None, :]
-        value = tl.load(
-            values + (block * value_block + within * value_token + kv_head * value_head)[:, None] + dim[None, :],
-            mask=stored[:, None] & in_dim[None, :],
-            other=0.0,
-        ).to(own.dtype)
-        seen = seen * keep[:, None] + tl.dot(weight.to(own.dtype), value, input_precision="ieee")
+        weight = weight.to(own.dtype)
+        value_at = values + (block * value_block + within * value_token + kv_head * value_head)[:, None]
+        value = tl.load(value_at + value_dim[None, :], mask=stored[:, None] & in_value[None, :], other=0.0).to(
+            own.dtype
+        )
+        seen = seen * keep[:, None] + tl.dot(weight, value, input_precision="ieee")
+        if VALUE_REST > 0:
+            more = stored[:, None] & (more_value < VALUE_DIM)[None, :]
+            value_rest = tl.load(value_at + more_value[None, :], mask=more, other=0.0).to(own.dtype)
+            seen_rest = seen_rest * keep[:, None] + tl.dot(weight, value_rest, input_precision="ieee")
         top = higher
 
     if SPLIT > 0:
         cell = (split.to(tl.int64) * tokens + token) * HEADS + head
         tl.store(peak + cell, top, mask=valid)
         tl.store(mass + cell, total, mask=valid)
-        where = part + cell[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(where, seen, mask=valid[:, None] & in_dim[None, :])
+        where = part + cell[:, None] * VALUE_DIM
     else:
         if SINKS:
             sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
@@ -237,6 +264,14 @@ def _attend(
             keep = tl.exp2(top - higher)
             total = total * keep + tl.exp2(sink - higher)
             seen = seen * keep[:, None]
-        result = seen / tl.where(valid, total, 1.0)[:, None]
-        where = output + (token * HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(where, result.to(output.dtype.element_ty), mask=valid[:, None] & in_dim[None, :])
+            if VALUE_REST > 0:
+                seen_rest = seen_rest * keep[:, None]
+        total = tl.where(valid, total, 1.0)[:, None]
+        seen = seen / total
+        if VALUE_REST > 0:
+            seen_rest = seen_rest / total
+        where = output + (token * HEADS + head)[:, None] * VALUE_DIM
+    tl.store(where + value_dim[None, :], seen.to(where.dtype.element_ty), mask=valid[:, None] & in_value[None, :])
+    if VALUE_REST > 0:
+        mask = valid[:, None] & (more_value < VALUE_DIM)[None, :]
+        tl.store(where + more_value[None, :], seen_rest.to(where.dtype.element_ty), mask=mask)

@@ -22,16 +22,17 @@ def paged_attention(
     value_scales: torch.Tensor | None = None,
     split_tokens: int | None = None,
 ) -> torch.Tensor:
-    """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, head_dim] -> like query.
+    """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, width] -> as wide as values.
 
-    Query head h reads KV head h // (heads / kv_heads). Scores are scaling * q.k, then soft_cap * tanh(score /
-    soft_cap); sinks [heads] join the softmax's denominator as one more score without a value. sliding_window w: a row
-    at position p sees p - w + 1 .. p. key_scales, value_scales [blocks, block_tokens, kv_heads]: what one unit of each
-    stored (fp8) key or value is worth. split_tokens has no effect here: it only says how the kernel arranges its sums.
+    Keys are as wide as queries; values may have a width of their own (expanded latent attention: 192 and 128). Query
+    head h reads KV head h // (heads / kv_heads). Scores are scaling * q.k, then soft_cap * tanh(score / soft_cap);
+    sinks [heads] join the softmax's denominator as one more score without a value. sliding_window w: a row at position
+    p sees p - w + 1 .. p. key_scales, value_scales [blocks, block_tokens, kv_heads]: what one unit of each stored (fp8)
+    key or value is worth. split_tokens has no effect here: it only says how the kernel arranges its sums.
     Computes in float32. Raises ValueError for shapes that do not fit.
     """
     check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, key_scales, value_scales, split_tokens)
-    output = torch.zeros_like(query)
+    output = torch.zeros(*query.shape[:2], values.shape[3], dtype=query.dtype, device=query.device)
     starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
     for request, context in enumerate(contexts):
         own = slice(starts[request], starts[request + 1])

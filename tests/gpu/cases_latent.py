@@ -12,6 +12,8 @@ from kernels.latent_append import kernel as latent_append
 from kernels.latent_append import reference as latent_append_reference
 from kernels.latent_attention import kernel as latent_attention
 from kernels.latent_attention import reference as latent_attention_reference
+from kernels.paged_attention import kernel as paged_attention
+from kernels.paged_attention import reference as paged_attention_reference
 from kernels.paged_batch import PagedBatch
 from tests.gpu.case import Call, Case, Machine
 
@@ -30,6 +32,7 @@ def latent_cases(machine: Machine) -> Iterator[Case]:
     ):
         shape = max(1, requests // small), max(1, rows // small), max(64, context // small), max(2, heads // small)
         yield _attention(machine, *shape, split=None if split is None else max(32, split // small), fp8=fp8)
+    yield _expanded(machine, rows=max(1, 2048 // small), context=max(64, 8192 // small), heads=max(2, 8 // small))
     for fp8 in (False, True):
         yield _append(machine, tokens=max(1, 1024 // small), heads=64, fp8=fp8)
 
@@ -67,6 +70,25 @@ def _torch_attention(query: torch.Tensor, cache: torch.Tensor, requests: int, co
     at = torch.arange(context, device=query.device)
     mask = (at <= at[context - rows :, None]).repeat_interleave(heads, 0)
     return lambda: F.scaled_dot_product_attention(packed, keys, keys[..., :LATENT], mask, scale=scaling)
+
+
+def _expanded(machine: Machine, rows: int, context: int, heads: int) -> Case:
+    """A prefill chunk of one request over keys and values made of its latents: 192 and 128 wide, each head its own."""
+    query, keys = machine.normal(rows, heads, 192), machine.normal(context // 64, 64, heads, 192)
+    values = machine.normal(context // 64, 64, heads, 128)
+    tables = machine.ints(torch.arange(context // 64)).view(1, -1)
+    batch = PagedBatch(tables, machine.ints([0, rows]), machine.ints([context]), context)
+    tile = paged_attention.Tiling(rows=64, tokens=64, warps=4, stages=2)
+    flat = [x.flatten(0, 1).transpose(0, 1) for x in (keys, values)]
+    mask = torch.arange(context, device=machine.device)
+    mask = mask <= mask[context - rows :, None]
+    return Case(
+        f"paged_attention 1 x {rows} rows, context {context}, heads {heads}/{heads} x 192 and 128",
+        lambda: paged_attention.paged_attention(query, keys, values, batch, scaling=192**-0.5, tile=tile),
+        lambda: paged_attention_reference.paged_attention(query, keys, values, batch, scaling=192**-0.5),
+        moved=query.nbytes * 5 // 3 + keys.nbytes + values.nbytes,
+        library=lambda: F.scaled_dot_product_attention(query.transpose(0, 1), flat[0], flat[1], mask, scale=192**-0.5),
+    )
 
 
 def _append(machine: Machine, tokens: int, heads: int, fp8: bool) -> Case:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.paged_attention import reference
-from kernels.paged_attention.kernel import Tiling, paged_attention
+from kernels.paged_attention.kernel import Tiling, paged_attention, parts
 from kernels.paged_batch import PagedBatch
 from tests.kernels.batches import BLOCK_TOKENS, a_batch, alone
 from verifier_service.model.kv_storage import KvStorage
@@ -17,7 +17,7 @@ from verifier_service.model.kv_storage import KvStorage
 SMALL = Tiling(rows=16, tokens=16, warps=4, stages=2)
 
 
-def tensors(batch: PagedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32):
+def tensors(batch: PagedBatch, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Any:
     blocks = int(batch.block_tables.max()) + 3
     query = torch.randn(int(batch.query_starts[-1]), heads, dim).to(dtype)
     keys, values = torch.randn(2, blocks, BLOCK_TOKENS, kv_heads, dim).to(dtype).unbind()
@@ -50,9 +50,31 @@ def test_the_reference_is_torch_attention_of_each_request():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256, 24])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256, 24])
 def test_ragged_verify_rows_and_prefill_chunks_agree_with_the_reference(dim: int):
     agree(heads=2, kv_heads=1, dim=dim)
+
+
+@pytest.mark.parametrize("split_tokens", [None, 16])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(48, 32), (32, 80)])
+def test_values_may_be_of_another_width_than_keys(key_dim: int, value_dim: int, split_tokens: int | None):
+    """48 is read as 32 + 16, 80 as 64 + 16."""
+    batch = a_batch([3, 5], [20, 33])
+    query, keys, _ = tensors(batch, heads=4, kv_heads=2, dim=key_dim)
+    options: dict[str, Any] = {"scaling": 0.2, "split_tokens": split_tokens, "sinks": torch.randn(4)}
+    values = torch.randn(*keys.shape[:3], value_dim)
+    got = paged_attention(query, keys, values, batch, tile=SMALL, **options)
+    want = reference.paged_attention(query, keys, values, batch, **options)
+    assert got.shape == (8, 4, value_dim)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_width_is_read_in_one_power_of_two_or_in_two_smaller_ones():
+    for width in range(1, 300):
+        first, rest = parts(width)
+        assert width <= first + rest <= max(16, 2 * width - 1)
+        assert all(size == 0 or (size >= 16 and size & (size - 1) == 0) for size in (first, rest))
+        assert rest == 0 or first < width
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (16, 1)])
