@@ -28,10 +28,15 @@ class GrammarError(ValueError):
     """A grammar that cannot be compiled; the message says why and names no field."""
 
 
-def source(spec: GrammarSpec) -> str:
-    """The grammar as the library's own text. Raises GrammarError."""
+def check_length(spec: GrammarSpec) -> None:
+    """Raises GrammarError for a text that is too long to look at."""
     if len(spec.text) > MAX_CHARACTERS:
         raise GrammarError(f"has {len(spec.text)} characters: at most {MAX_CHARACTERS} are possible")
+
+
+def source(spec: GrammarSpec) -> str:
+    """The grammar as the library's own text. Raises GrammarError."""
+    check_length(spec)
     try:
         match spec.kind:
             case "json_schema":

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_UNREAD_BYTES = 16 << 20
 HANDSHAKE_S = 5.0
+MAX_STRANGERS = 64  # connections that have proved nothing yet; the oldest gives way
 DRAIN_S = 2.0  # at the end, for what was written to reach its reader
 
 
@@ -60,6 +61,7 @@ class EnginePort:
         self._tls = listener_context(access.tls)
         self._max_unread_bytes = max_unread_bytes
         self._connections: set[_Connection] = set()
+        self._strangers: dict[_Connection, None] = {}  # an ordered set, of _connections
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=128)
         shown = f"[{host}]" if ":" in host else host
@@ -96,10 +98,18 @@ class EnginePort:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self._engine, self._loop, reader, writer, self._max_unread_bytes)
         self._connections.add(connection)
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.abort()
+        self._strangers[connection] = None
         try:
-            if await connection.admit(self._access.secret):
+            admitted = await connection.admit(self._access.secret)
+            self._strangers.pop(connection, None)
+            if admitted:
                 await connection.serve()
         finally:
+            self._strangers.pop(connection, None)
             self._connections.discard(connection)
 
     async def _close(self) -> None:
@@ -160,6 +170,11 @@ class _Connection:
             self._closed = True
             self._engine.drop(self.deliver)
             self._writer.close()
+
+    def abort(self) -> None:
+        """At once, whatever is written."""
+        self._closed = True
+        self._writer.transport.abort()
 
     async def close(self) -> None:
         """Once what was written has left."""

@@ -11,36 +11,65 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from cluster.api.schema import SamplingFields, StructuredOutputs
 from cluster.contracts import GrammarSpec
-from cluster.errors import RequestError
-from cluster.grammar import GrammarError, check
+from cluster.errors import OverloadedError, RequestError
+from cluster.grammar import GrammarError, check, check_length
 
 KEPT = 256  # grammars known to be good
+MAX_CHECKING = 64  # different grammars that wait at a time; each takes up to a second
 ANY_OBJECT = json.dumps({"type": "object"})
+WRITTEN = "structured_outputs.grammar"  # Lark or GBNF
 
 
 class Grammars:
-    """Checks grammars on a thread of its own, so that no other request waits for it."""
+    """Checks grammars on a thread of its own, so that no other request waits for it, each of them once."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
-        self._good: OrderedDict[GrammarSpec, None] = OrderedDict()
+        self._good: OrderedDict[tuple[str, GrammarSpec], GrammarSpec] = OrderedDict()
+        self._checking: dict[tuple[str, GrammarSpec], asyncio.Future[GrammarSpec]] = {}
 
     async def of(self, request: SamplingFields) -> GrammarSpec | None:
-        """None if the output is free. Raises RequestError, which names the client's field."""
-        field, spec = _asked(request)
-        if spec is None or spec in self._good:
-            return spec
+        """None if the output is free. Raises RequestError, which names the client's field, or OverloadedError."""
+        field, asked = _asked(request)
+        if asked is None:
+            return None
+        if (good := self._good.get((field, asked))) is not None:
+            return good
+        checking = self._checking.get((field, asked))
+        if checking is None:
+            checking = self._begin(field, asked)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, check, spec)
+            return await asyncio.shield(checking)  # others may wait for the same one
         except GrammarError as error:
             raise RequestError(f"{field} {error}", field) from error
-        self._good[spec] = None
-        if len(self._good) > KEPT:
-            self._good.popitem(last=False)
-        return spec
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, field: str, asked: GrammarSpec) -> asyncio.Future[GrammarSpec]:
+        if len(self._checking) >= MAX_CHECKING:
+            raise OverloadedError(f"{MAX_CHECKING} grammars wait to be checked, which is the limit: try again later")
+        key = (field, asked)
+        checking = asyncio.get_running_loop().run_in_executor(self._thread, _checked, field, asked)
+        self._checking[key] = checking
+        checking.add_done_callback(lambda done: self._end(key, done))
+        return checking
+
+    def _end(self, key: tuple[str, GrammarSpec], checked: asyncio.Future[GrammarSpec]) -> None:
+        del self._checking[key]
+        if checked.cancelled() or checked.exception() is not None:
+            return
+        self._good[key] = checked.result()
+        if len(self._good) > KEPT:
+            self._good.popitem(last=False)
+
+
+def _checked(field: str, asked: GrammarSpec) -> GrammarSpec:
+    """What the engine is to be given. Raises GrammarError."""
+    check_length(asked)
+    spec = GrammarSpec("lark", _lark(asked.text)) if field == WRITTEN else asked
+    check(spec)
+    return spec
 
 
 def _asked(request: SamplingFields) -> tuple[str, GrammarSpec | None]:
@@ -65,14 +94,13 @@ def _structured(asked: StructuredOutputs) -> tuple[str, GrammarSpec]:
         either = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.choice)
         return "structured_outputs.choice", GrammarSpec("lark", f"start: {either}")
     if asked.grammar is not None:
-        return "structured_outputs.grammar", GrammarSpec("lark", _lark(asked.grammar))
+        return WRITTEN, GrammarSpec("lark", asked.grammar)
     return "structured_outputs.json_object", GrammarSpec("json_schema", ANY_OBJECT)
 
 
 def _lark(text: str) -> str:
-    """GBNF, as llama.cpp has it, becomes Lark."""
+    """GBNF, as llama.cpp has it, becomes Lark. Raises GrammarError."""
     try:
         return any_to_lark(text)
     except Exception as error:  # the converter raises what its parser meets
-        field = "structured_outputs.grammar"
-        raise RequestError(f"{field} is neither Lark nor GBNF: {error}", field) from error
+        raise GrammarError(f"is neither Lark nor GBNF: {error}") from error

@@ -41,6 +41,8 @@ from cluster.wire import Codec
 
 log = logging.getLogger(__name__)
 
+MAX_STRANGERS = 64  # connections that have proved nothing yet
+
 
 class LinkedPeer:
     """One epoch of one verifier. Sends are dropped once the connection is closed."""
@@ -65,8 +67,9 @@ class LinkedPeer:
 class DrafterServer:
     """Serves a DrafterHandler on host:port (0 = any free one; see `address`). All times in seconds.
 
-    load: the Heartbeat to send, called by a background thread every heartbeat_s. max_links: connections at once, those
-    that have not said hello included. max_queued_bytes: answers that wait for one verifier to read them.
+    load: the Heartbeat to send, called by a background thread every heartbeat_s. max_links: connections at once that
+    know the secret; of others there are MAX_STRANGERS at most, and the oldest of them gives way. max_queued_bytes:
+    answers that wait for one verifier to read them.
     token: the secret that verifiers have to know. Raises OSError if the port cannot be had, ConfigError for an empty
     token where other machines can reach it.
     """
@@ -98,6 +101,7 @@ class DrafterServer:
         self._codec: Codec[FromVerifier] = Codec(FromVerifier, MAX_CONTROL_BYTES)
         self._lock = threading.Lock()
         self._connections: dict[Connection[FromVerifier], threading.Thread] = {}
+        self._strangers: dict[Connection[FromVerifier], None] = {}  # an ordered set, of _connections
         self._peers: dict[str, LinkedPeer] = {}
         self._stopping = False
         self.counters: Counter[str] = Counter(linked=0, lost=0, refused=0, protocol_errors=0, queue_overflows=0)
@@ -138,11 +142,18 @@ class DrafterServer:
     def _admit(self, sock: socket.socket) -> None:
         connection: Connection[FromVerifier] = Connection(sock, self._codec, self._max_queued, self._pump.wake)
         thread = threading.Thread(target=self._serve, args=(connection,), name="drafter-reader", daemon=True)
+        oldest = None
         with self._lock:
-            if self._stopping or len(self._connections) >= self._max_links:
+            if self._stopping:
                 connection.release()
                 return
+            if len(self._strangers) >= MAX_STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
             self._connections[connection] = thread
+            self._strangers[connection] = None
+        if oldest is not None:
+            oldest.close("too many connections that prove nothing")
         thread.start()
 
     def _beat(self) -> bytes:
@@ -178,11 +189,14 @@ class DrafterServer:
     def _welcome(self, connection: Connection[FromVerifier]) -> tuple[LinkedPeer, RowReceiver]:
         """Know the verifier, answer its hello. Raises SecretError after a Denied, LinkError after a Refused."""
         session = self._know(connection)
+        full = self._settle(connection)
         hello = connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError(f"the first frame is a {type(hello).__name__}, not a Hello")
         peer = LinkedPeer(hello, connection, self._codec)
         try:
+            if full:
+                raise LinkError(f"{self._max_links} verifiers are linked to this drafter, which is its limit")
             self._check(hello, session)
             welcome = self._handler.hello(hello)
             self._replace(peer)
@@ -210,6 +224,12 @@ class DrafterServer:
             raise
         connection.send(HANDSHAKE.pack(accepted))
         return session
+
+    def _settle(self, connection: Connection[FromVerifier]) -> bool:
+        """No stranger any more; True if there are too many of its kind."""
+        with self._lock:
+            self._strangers.pop(connection, None)
+            return len(self._connections) - len(self._strangers) > self._max_links
 
     def _grant(self, connection: Connection[FromVerifier], size: int) -> None:
         connection.send(self._codec.pack(Credit(size)))
@@ -269,6 +289,7 @@ class DrafterServer:
             plane.close()
         with self._lock:
             self._connections.pop(connection, None)
+            self._strangers.pop(connection, None)
             # Not by `peer`: a hello may have got as far as the table and failed after.
             self._peers = {name: each for name, each in self._peers.items() if each.connection is not connection}
         if peer is not None and plane is not None:

@@ -37,7 +37,7 @@ from tests.verifier_service.test_engine import WAIT_S, Guesser, expected, make_e
 from verifier_service import port as port_module
 from verifier_service.model.face import ForwardOutput
 from verifier_service.plan import StepPlan
-from verifier_service.port import EnginePort
+from verifier_service.port import MAX_STRANGERS, EnginePort
 
 
 class Client:
@@ -159,6 +159,20 @@ def test_nothing_is_taken_from_a_client_before_it_is_known(served):
         HANDSHAKE.receive(stranger)
     stranger.close()
     assert Client(port.address).status().counters["steps"] == 0
+
+
+def test_of_too_many_strangers_the_oldest_give_way_and_a_client_is_served(served):
+    port = served()
+    host, _, number = port.address.rpartition(":")
+    strangers = [socket.create_connection((host, int(number)), timeout=WAIT_S) for _ in range(MAX_STRANGERS + 3)]
+    for stranger in strangers:
+        assert isinstance(HANDSHAKE.receive(stranger), Challenge)
+    for stranger in strangers[:3]:
+        with pytest.raises(ConnectionError):
+            HANDSHAKE.receive(stranger)
+    assert Client(port.address).status().running == 0
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_a_port_that_others_can_reach_needs_a_secret():

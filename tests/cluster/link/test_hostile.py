@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import LinkError
 from cluster.handshake import HANDSHAKE, LINK, Accepted, Challenge, Dialler
+from cluster.link.drafter_end import MAX_STRANGERS
 from cluster.link.messages import (
     MAX_ENTRIES,
     Ack,
@@ -212,6 +213,16 @@ def test_nothing_is_heard_of_a_verifier_before_it_is_known(stops):
     stranger.close()
     assert (handler.hellos, handler.features) == ([], {})
     assert server.counters["protocol_errors"] == 1
+
+
+def test_strangers_take_no_verifiers_place_and_the_oldest_of_too_many_give_way(stops):
+    server = stops(serve(Echo(), max_links=2, hard_deadline_s=30.0))
+    strangers = [socket.create_connection(parse_address(server.address), timeout=5) for _ in range(MAX_STRANGERS + 5)]
+    assert all(strangers[i].recv(1 << 16) and not strangers[i].recv(1 << 16) for i in range(5))
+    verifiers = [Verifier(server.address, verifier_id=name) for name in "ab"]
+    assert [type(verifier.welcome) for verifier in verifiers] == [Welcome, Welcome]
+    for each in (*strangers, *verifiers):
+        each.close()
 
 
 def test_a_drafter_that_proves_nothing_gets_no_hello(stops):

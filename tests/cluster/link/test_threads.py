@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from cluster.link.messages import Refused
 from tests.cluster.link.echo import Echo, Verifier, connect, eventually, serve
 
 
@@ -42,11 +43,13 @@ def test_a_connection_that_ends_takes_its_thread_with_it():
     server.stop()
 
 
-def test_connections_beyond_the_limit_are_closed_at_once(stops):
+def test_verifiers_beyond_the_limit_are_refused_until_one_leaves(stops):
     server = stops(serve(Echo(), max_links=2))
     first, second = Verifier(server.address, verifier_id="a"), Verifier(server.address, verifier_id="b")
-    with pytest.raises(ConnectionError):
-        Verifier(server.address, verifier_id="c")
+    third = Verifier(server.address, verifier_id="c")
+    assert isinstance(third.welcome, Refused)
+    assert "2 verifiers are linked to this drafter" in third.welcome.reason
+    assert third.hears_the_end()
     first.close()
     second.close()
     link = stops(connect(server.address, verifier_id="d"))
