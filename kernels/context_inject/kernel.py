@@ -1,4 +1,4 @@
-"""Context and block KV in Triton: a GEMM leaves the projections, one launch norms, rotates and writes them.
+"""Context and block KV in Triton: a GEMM has left projections, one launch norms, rotates and writes them.
 
 The projections are read once and the pool's rows written once; angles are made from positions where they are needed.
 A program takes one token's heads of one layer (context) or one KV head with its group of query heads (block): a row's
@@ -8,7 +8,6 @@ result depends on its own token alone.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -16,9 +15,7 @@ from kernels.context_inject.reference import Rotation, check_block, check_contex
 
 
 def inject_context(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    projected: torch.Tensor,
     key_norms: torch.Tensor,
     positions: torch.Tensor,
     rows: torch.Tensor,
@@ -27,14 +24,13 @@ def inject_context(
     pool: torch.Tensor,
     pool_positions: torch.Tensor,
 ) -> None:
-    """As kernels.context_inject.reference, in the dtype of the features; positions below 2^31 turn exactly as there."""
-    check_context(features, weight, key_norms, positions, rows, rotation, pool, pool_positions)
+    """As kernels.context_inject.reference, which defines every argument."""
+    check_context(projected, key_norms, positions, rows, rotation, pool, pool_positions)
     layers, kv_heads, head_dim = pool.shape[0], *pool.shape[3:]
-    made = F.linear(features, weight, bias)  # [tokens, layers * 2 * kv_heads * head_dim]
     dims = triton.next_power_of_2(head_dim // 2)
     heads = triton.next_power_of_2(kv_heads)
-    _write_context[(len(features), layers)](
-        *(made, key_norms, positions, rows, rotation.frequencies, pool, pool_positions),
+    _write_context[(len(projected), layers)](
+        *(projected, key_norms, positions, rows, rotation.frequencies, pool, pool_positions),
         *(rotation.scale, eps, pool.stride(0)),
         LAYERS=layers,
         KV_HEADS=kv_heads,
@@ -74,7 +70,7 @@ def inject_block(
 
 @triton.jit
 def _write_context(
-    made,
+    projected,
     key_norms,
     positions,
     rows,
@@ -101,7 +97,7 @@ def _write_context(
         head = tl.arange(0, BLOCK_HEADS)
         half = tl.arange(0, BLOCK_HALF)
         cosine, sine = _angles(position, frequencies, scale, half, HEAD_DIM)
-        source = made + (token * LAYERS + layer) * 2 * WIDTH
+        source = projected + (token * LAYERS + layer) * 2 * WIDTH
         target = pool + layer * pool_layer + row * 2 * WIDTH
         norm = key_norms + layer * HEAD_DIM
         first, second, at, valid = _normed(source, norm, head, head < KV_HEADS, half, eps, HEAD_DIM)

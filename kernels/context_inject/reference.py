@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -17,9 +16,7 @@ class Rotation:
 
 
 def inject_context(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    projected: torch.Tensor,
     key_norms: torch.Tensor,
     positions: torch.Tensor,
     rows: torch.Tensor,
@@ -28,17 +25,18 @@ def inject_context(
     pool: torch.Tensor,
     pool_positions: torch.Tensor,
 ) -> None:
-    """Write the keys (normed, rotated) and values that all layers make of context features into the pool, in place.
+    """Write the keys (normed, rotated) and values of context features into the pool of all layers, in place.
 
-    features [tokens, hidden]; weight [layers * 2 * kv_heads * head_dim, hidden], for each layer its key heads and then
-    its value heads, bias like its rows; key_norms [layers, head_dim]; positions int64 [tokens]; rows int64 [tokens],
-    all different, a negative one is padding and written nowhere; pool [layers, pool rows, 2, kv_heads, head_dim],
-    contiguous; pool_positions int64 [pool rows]. Norm and rotation run in float32 and round once. What is no finite
-    number becomes 0, so that no context can spoil another's arithmetic. Raises ValueError for shapes that do not fit.
+    projected [tokens, layers * 2 * kv_heads * head_dim], contiguous: what one GEMM makes of the features, for each
+    layer its key heads and then its value heads; key_norms [layers, head_dim]; positions int64 [tokens]; rows int64
+    [tokens], all different, a negative one is padding and written nowhere; pool [layers, pool rows, 2, kv_heads,
+    head_dim], contiguous; pool_positions int64 [pool rows]. Norm and rotation run in float32 and round once. What is
+    no finite number becomes 0, so that no context can spoil another's arithmetic. Raises ValueError for shapes that do
+    not fit.
     """
-    check_context(features, weight, key_norms, positions, rows, rotation, pool, pool_positions)
+    check_context(projected, key_norms, positions, rows, rotation, pool, pool_positions)
     layers, _, _, kv_heads, head_dim = pool.shape
-    made = F.linear(features, weight, bias).view(-1, layers, 2, kv_heads, head_dim)
+    made = projected.view(-1, layers, 2, kv_heads, head_dim)
     keys = _turned(_normed(made[:, :, 0], key_norms[:, None], eps), positions[:, None, None], rotation)
     both = torch.stack([keys.to(pool.dtype), made[:, :, 1].to(pool.dtype)], dim=2).nan_to_num(0.0, 0.0, 0.0)
     stored = rows >= 0
@@ -87,8 +85,7 @@ def _turned(x: torch.Tensor, positions: torch.Tensor, rotation: Rotation) -> tor
 
 
 def check_context(
-    features: torch.Tensor,
-    weight: torch.Tensor,
+    projected: torch.Tensor,
     key_norms: torch.Tensor,
     positions: torch.Tensor,
     rows: torch.Tensor,
@@ -99,15 +96,15 @@ def check_context(
     if pool.dim() != 5 or pool.shape[2] != 2 or not pool.is_contiguous():
         raise ValueError(f"pool {tuple(pool.shape)} must be [layers, rows, 2, kv_heads, head_dim], contiguous")
     layers, pool_rows, _, kv_heads, head_dim = pool.shape
-    want = (layers * 2 * kv_heads * head_dim, features.shape[1])
-    if weight.shape != want:
-        raise ValueError(f"weight {tuple(weight.shape)} must be {want} for this pool and these features")
+    width = layers * 2 * kv_heads * head_dim
+    if projected.shape[1:] != (width,) or not projected.is_contiguous():
+        raise ValueError(f"projected {tuple(projected.shape)} must be [tokens, {width}] for this pool, contiguous")
     if key_norms.shape != (layers, head_dim) or pool_positions.shape != (pool_rows,):
         raise ValueError(
             f"key_norms {tuple(key_norms.shape)} must be {(layers, head_dim)} "
             f"and pool_positions {tuple(pool_positions.shape)} {(pool_rows,)}"
         )
-    _check_rows(len(features), head_dim, positions, rows, rotation)
+    _check_rows(len(projected), head_dim, positions, rows, rotation)
 
 
 def check_block(

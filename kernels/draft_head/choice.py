@@ -23,6 +23,22 @@ class HeadChoice(NamedTuple):
         return (self.logits - self.log_sum_exp).exp()
 
 
+class HeadShape(NamedTuple):
+    """How a checkpoint wants its logits read: times `multiplier` (above 0), then soft_cap * tanh(logit / soft_cap),
+    where soft_cap 0 leaves them as they are. The order of the tokens stays the same.
+    """
+
+    multiplier: float = 1.0
+    soft_cap: float = 0.0
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.multiplier
+        return logits if self.soft_cap == 0 else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+PLAIN = HeadShape()
+
+
 def check_arguments(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises ValueError unless hidden [rows, width] fits weight [vocabulary, width] of the same dtype."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draft_head.choice import HeadChoice, check_arguments
+from kernels.draft_head.choice import PLAIN, HeadChoice, HeadShape, check_arguments
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ def tiling(rows: int) -> Tiling:
 
 
 def draft_head(
-    hidden: torch.Tensor, weight: torch.Tensor, *, first_token: int = 0, tile: Tiling | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    shape: HeadShape = PLAIN,
+    first_token: int = 0,
+    tile: Tiling | None = None,
 ) -> HeadChoice:
     """hidden [rows, width] times weight [vocabulary, width], float32, float16 or bfloat16; accumulates in float32.
 
@@ -49,7 +54,8 @@ def draft_head(
     best_id = torch.empty(sections, rows, dtype=torch.int32, device=hidden.device)
     mass = torch.empty_like(best)
     _sections[(triton.cdiv(rows, tile.rows), sections)](
-        *(hidden, weight, best, best_id, mass, rows, vocabulary, hidden.stride(0), weight.stride(0)),
+        *(hidden, weight, best, best_id, mass, rows, vocabulary, hidden.stride(0), weight.stride(0), *shape),
+        SOFT_CAP=shape.soft_cap != 0,
         WIDTH=width,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
@@ -82,6 +88,9 @@ def _sections(
     vocabulary,
     hidden_row,
     weight_row,
+    multiplier,
+    soft_cap,
+    SOFT_CAP: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -91,28 +100,14 @@ def _sections(
     section = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    column = tl.arange(0, COLUMNS)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     top_id = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS,), tl.float32)
     for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TOKENS):
-        token = begin + tl.arange(0, TOKENS)
-        exists = token < vocabulary
-        logits = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in range(0, WIDTH, COLUMNS):
-            at = start + column
-            left = tl.load(
-                hidden + row.to(tl.int64)[:, None] * hidden_row + at[None, :],
-                mask=valid[:, None] & (at < WIDTH)[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                weight + token.to(tl.int64)[None, :] * weight_row + at[:, None],
-                mask=exists[None, :] & (at < WIDTH)[:, None],
-                other=0.0,
-            )
-            logits = tl.dot(left, right, logits, input_precision="ieee")
-        logits = tl.where(exists[None, :], logits, float("-inf"))
+        token, logits = _logits(
+            hidden, weight, row, valid, begin, vocabulary, hidden_row, weight_row, multiplier, soft_cap,
+            SOFT_CAP, WIDTH, ROWS, TOKENS, COLUMNS,
+        )  # fmt: skip
         tile_top = tl.max(logits, 1)
         equal = logits == tile_top[:, None]
         tile_id = tl.min(tl.where(equal, token[None, :], 2147483647), 1)
@@ -124,6 +119,48 @@ def _sections(
     tl.store(best + cell, top, mask=valid)
     tl.store(best_id + cell, top_id, mask=valid)
     tl.store(mass + cell, total, mask=valid)
+
+
+@triton.jit
+def _logits(
+    hidden,
+    weight,
+    row,
+    valid,
+    begin,
+    vocabulary,
+    hidden_row,
+    weight_row,
+    multiplier,
+    soft_cap,
+    SOFT_CAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """TOKENS token ids from `begin` on and the rows' logits of them, [ROWS, TOKENS]: -inf beyond the vocabulary."""
+    column = tl.arange(0, COLUMNS)
+    token = begin + tl.arange(0, TOKENS)
+    exists = token < vocabulary
+    logits = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in range(0, WIDTH, COLUMNS):
+        at = start + column
+        left = tl.load(
+            hidden + row.to(tl.int64)[:, None] * hidden_row + at[None, :],
+            mask=valid[:, None] & (at < WIDTH)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            weight + token.to(tl.int64)[None, :] * weight_row + at[:, None],
+            mask=exists[None, :] & (at < WIDTH)[:, None],
+            other=0.0,
+        )
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+    logits *= multiplier
+    if SOFT_CAP:
+        logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * logits / soft_cap) + 1.0))  # soft_cap * tanh(logits / soft_cap)
+    return token, tl.where(exists[None, :], logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["rows", "first_token"])

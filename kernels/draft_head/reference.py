@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from kernels.draft_head.choice import HeadChoice, check_arguments
+from kernels.draft_head.choice import PLAIN, HeadChoice, HeadShape, check_arguments
 
 
-def draft_head(hidden: torch.Tensor, weight: torch.Tensor, *, first_token: int = 0) -> HeadChoice:
+def draft_head(
+    hidden: torch.Tensor, weight: torch.Tensor, *, shape: HeadShape = PLAIN, first_token: int = 0
+) -> HeadChoice:
     """hidden [rows, width] times weight [vocabulary, width], both of one floating dtype; logits in float32.
 
     first_token: id of the weight's first row, where it is a shard of the vocabulary. Raises ValueError for shapes or
     dtypes that do not fit.
     """
     check_arguments(hidden, weight)
-    logits = hidden.float() @ weight.float().t()
+    logits = shape.of(hidden.float() @ weight.float().t())
     best = logits.amax(dim=-1)
     ids = torch.arange(weight.shape[0], device=weight.device).expand_as(logits)
     token_ids = ids.masked_fill(logits != best[:, None], weight.shape[0]).amin(dim=-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.draft_head import reference
+from kernels.draft_head.choice import HeadShape
 from kernels.draft_head.kernel import Tiling, draft_head, tiling
 
 SMALL = Tiling(rows=16, tokens=32, width=32, section=64)
@@ -34,6 +35,13 @@ def test_sizes_need_not_fit_the_tiles(rows: int, width: int, vocabulary: int):
 
 def test_half_precision_weights_give_the_same_token():
     agree(4, 32, 100, torch.float16)
+
+
+def test_logits_are_scaled_and_capped_as_the_checkpoint_wants():
+    hidden, weight, shape = torch.randn(3, 32), torch.randn(90, 32), HeadShape(0.5, 4.0)
+    logits = 4.0 * torch.tanh(0.5 * (hidden @ weight.t()) / 4.0)
+    for way in (reference.draft_head(hidden, weight, shape=shape), draft_head(hidden, weight, shape=shape, tile=SMALL)):
+        torch.testing.assert_close(way.probability(), logits.softmax(-1).amax(-1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 33])
