@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,21 +20,47 @@ LOGITS_AT_ONCE = 1 << 26  # elements: the head runs in chunks of rows, so that m
 Drafts = tuple[list[int], list[float]]  # token ids, confidence of each
 
 
-class BlockDrafter:
-    """A loaded drafter with its context pool. Everything under `torch.inference_mode`, on one thread."""
+class BlockDrafting(ABC):
+    """A loaded drafter with its context pool. Everything under `torch.inference_mode`, on one thread.
 
-    def __init__(self, loaded: LoadedDrafter, slots: int):
-        self._loaded, self._model = loaded, loaded.model
-        self.pool = ContextPool(self._model, slots, loaded.window)
-        self._attend = AttendEach if self._model.device.type == "cpu" else AttendPadded
-        self._warm_up()
+    counters: of drafting, for people; see `DrafterEngine.counters`.
+    """
 
+    pool: ContextPool
+    counters: Counter[str]
+
+    @abstractmethod
     def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
         """Per block, its rows - 1 most probable tokens and how probable each is.
 
         Confidence is P(token) = exp(max logit - logsumexp) of the token's own row. A row is computed without knowing
         which tokens the rows before it will become; read as "right, if all before it in the block are right".
         """
+
+    @torch.inference_mode()
+    def _warm_up(self, loaded: LoadedDrafter) -> None:
+        """The first call of every kernel is slow; let no verifier wait for it."""
+        table, rows = ContextTable(1, self.pool.window), min(8, self.pool.window)
+        placement = table.append(("", "warm-up"), 0, rows)
+        assert placement is not None, "an empty table has room"
+        model = loaded.model
+        self.pool.stage(placement, torch.zeros(rows, loaded.config.hidden, dtype=model.dtype, device=model.device))
+        self.pool.flush()
+        for _ in range(2):
+            self.draft([Block(0, rows, rows, loaded.config.block_size, stale=False)], [0])
+
+
+class BlockDrafter(BlockDrafting):
+    """With torch's own operations, in as few of them as a CPU wants."""
+
+    def __init__(self, loaded: LoadedDrafter, slots: int):
+        self.counters = Counter()
+        self._loaded, self._model = loaded, loaded.model
+        self.pool = ContextPool(self._model, slots, loaded.window)
+        self._attend = AttendEach if self._model.device.type == "cpu" else AttendPadded
+        self._warm_up(loaded)
+
+    def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
         loaded, device = self._loaded, self._model.device
         ids: list[int] = []
         positions: list[int] = []
@@ -47,12 +75,7 @@ class BlockDrafter:
             hidden = hidden * loaded.embedding_scale
         hidden = self._model.forward(hidden, places, self._attend(self._model, self.pool, blocks, places))
         tokens, confidence = self._read(hidden[torch.tensor(asked, device=device)])
-        drafts, begin = [], 0
-        for block in blocks:
-            end = begin + block.rows - 1
-            drafts.append((tokens[begin:end], confidence[begin:end]))
-            begin = end
-        return drafts
+        return by_block(blocks, tokens, confidence)
 
     def _read(self, hidden: Tensor) -> Drafts:
         normed = self._model.final_norm(hidden)
@@ -66,14 +89,12 @@ class BlockDrafter:
             confidence += logits.softmax(dim=-1).gather(-1, ids)[:, 0].tolist()
         return tokens, confidence
 
-    @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """The first call of every kernel is slow; let no verifier wait for it."""
-        table, rows = ContextTable(1, self.pool.window), min(8, self.pool.window)
-        placement = table.append(("", "warm-up"), 0, rows)
-        assert placement is not None, "an empty table has room"
-        hidden = self._loaded.config.hidden
-        self.pool.stage(placement, torch.zeros(rows, hidden, dtype=self._model.dtype, device=self._model.device))
-        self.pool.flush()
-        for _ in range(2):
-            self.draft([Block(0, rows, rows, self._loaded.config.block_size, stale=False)], [0])
+
+def by_block(blocks: Sequence[Block], token_ids: list[int], confidence: list[float]) -> list[Drafts]:
+    """What was read for all blocks, each block's own."""
+    drafts, begin = [], 0
+    for block in blocks:
+        end = begin + block.rows - 1
+        drafts.append((token_ids[begin:end], confidence[begin:end]))
+        begin = end
+    return drafts

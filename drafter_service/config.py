@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.tls import TlsFiles
+from modeling.kernel_choice import KernelSetting
 
 
 class DrafterSettings(BaseModel):
@@ -18,6 +19,9 @@ class DrafterSettings(BaseModel):
     target: str = Field(description="target checkpoint directory: embedding and lm_head are read here")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cuda"
+    kernels: KernelSetting = Field(
+        "auto", description="triton = this repository's kernels, torch = torch's operations; auto = triton on cuda"
+    )
     threads: int = Field(1, ge=1, description="torch threads on CPU")
     window: int = Field(4096, ge=16, description="context features kept per context, for full-attention drafters")
     max_contexts: int = Field(256, ge=1, description="contexts held at once, shared fairly among verifiers")

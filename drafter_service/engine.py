@@ -22,11 +22,11 @@ from cluster.errors import LinkError, PacelineError
 from cluster.link.face import Peer
 from cluster.link.messages import MAX_ENTRIES, PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Welcome
 from drafter_service.attention import Block
-from drafter_service.blocks import BlockDrafter
+from drafter_service.blocks import BlockDrafter, BlockDrafting
 from drafter_service.config import DrafterSettings
 from drafter_service.context import MAX_POSITION, Context, ContextTable, Key
 from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost
-from drafter_service.loading import load_drafter
+from drafter_service.loading import LoadedDrafter, load_drafter
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class DrafterEngine:
     ):
         self._loaded = load_drafter(settings)
         self._max_contexts = settings.max_contexts
-        self._drafter = BlockDrafter(self._loaded, settings.max_contexts)
+        self._drafter = block_drafter(self._loaded, settings.max_contexts)
         self._table = ContextTable(settings.max_contexts, self._loaded.window)
         self._inbox = Inbox(settings.max_queue)
         self._on_failure = on_failure
@@ -126,8 +126,9 @@ class DrafterEngine:
     def counters(self) -> dict[str, int]:
         """asks: answered; empty: with no drafts; refused: at once, the queue being full; outdated: repeated or behind a
         newer ask, not answered; evicted: contexts that gave way to another link's; turned_away: new ones without a
-        place; invalid: appends that cannot be."""
-        return {**self._counters, **self._inbox.counters}
+        place; invalid: appends that cannot be. On the kernels also rows: drafted, bonus tokens included; padding_rows:
+        computed beside them to fill a bucket; eager_steps: forwards that no CUDA graph held."""
+        return {**self._counters, **self._inbox.counters, **self._drafter.counters}
 
     def load(self) -> Heartbeat:
         """Since the last call: share of time spent in passes; median seconds of the last passes that drafted."""
@@ -280,6 +281,15 @@ class DrafterEngine:
                     peer.answer(of_peer[first : first + MAX_ENTRIES])
                 except PacelineError as error:  # context ids so long that no frame holds them
                     log.warning("answers for %s could not be sent: %s", peer.link_id, error)
+
+
+def block_drafter(loaded: LoadedDrafter, slots: int) -> BlockDrafting:
+    """On the kernels if the drafter was loaded for them."""
+    if loaded.head_weight is None:
+        return BlockDrafter(loaded, slots)
+    from drafter_service.kernel_blocks import KernelDrafter  # imports triton
+
+    return KernelDrafter(loaded, slots)
 
 
 class Answers:

@@ -21,7 +21,8 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class FusedLayer:
-    """Weights of one layer. qkv: q, k and v heads, in this order; qk_norm [heads + kv_heads, head_dim]."""
+    """Weights of one layer. qkv: q, k and v heads, in this order; qk_norm [heads + kv_heads, head_dim] is query_norm
+    and key_norm [head_dim], once a head."""
 
     def __init__(self, layer: DraftLayer, heads: int, kv_heads: int):
         attention, mlp = layer.self_attn, layer.mlp
@@ -30,6 +31,7 @@ class FusedLayer:
         self.qkv = fixed_linear(*_stacked([attention.q_proj, attention.k_proj, attention.v_proj]))
         norms = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
         self.qk_norm = torch.cat(norms).detach()
+        self.query_norm, self.key_norm = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
         self.o = fixed_linear(attention.o_proj.weight, attention.o_proj.bias)
         self.gate_up = fixed_linear(*_stacked([mlp.gate_proj, mlp.up_proj]))
         self.down = fixed_linear(mlp.down_proj.weight)
@@ -40,7 +42,7 @@ class FusedDFlash:
 
     def __init__(self, model: DFlashModel):
         self.config = model.dflash
-        self.eps = model.norm.eps
+        self.eps = model.shape.eps
         self.masked = any(self.config.causal) or SLIDING in self.config.layer_types  # may a row not see a key?
         self.rotary = model.rotary
         shape = model.shape
@@ -52,13 +54,20 @@ class FusedDFlash:
         self._context = fixed_linear(*_stacked([p for each in attentions for p in (each.k_proj, each.v_proj)]))
         self._context_norm = torch.stack([layer.qk_norm[self.heads :] for layer in self.layers])[:, None]
 
+    def project_context(self, features: Tensor) -> Tensor:
+        """[T, layers x 2 x kv_heads x head_dim]: for each layer key heads, not normed yet, and value heads."""
+        return self._context(features.to(self.dtype))
+
     def context_rows(self, features: Tensor, positions: Tensor) -> Tensor:
         """Keys (normed, rotated) and values of context features [T, hidden]: [layers, T, 2, kv_heads, head_dim].
 
         positions [T] int64. What is not a finite number becomes 0, so that no context can spoil another's arithmetic.
         """
-        rows = self._context(features.to(self.dtype))
-        rows = rows.view(len(features), len(self.layers), 2, self.kv_heads, self.head_dim).transpose(0, 1)
+        rows = (
+            self.project_context(features)
+            .view(len(features), len(self.layers), 2, self.kv_heads, self.head_dim)
+            .transpose(0, 1)
+        )
         keys = F.rms_norm(rows[:, :, 0], (self.head_dim,), None, self.eps) * self._context_norm
         return torch.stack([_rotate(keys, *self._rope(positions)), rows[:, :, 1]], dim=2).nan_to_num_(0.0, 0.0, 0.0)
 

@@ -17,6 +17,7 @@ from modeling.dflash import SLIDING, DFlashConfig, DraftCheckpointError, drafter
 from modeling.errors import CheckpointError
 from modeling.fixed_linear import Linear, fixed_linear
 from modeling.head import load_embedding_and_head
+from modeling.kernel_choice import wants_triton
 from modeling.pair import PairError, check_pair
 from modeling.target_config import TargetConfig, read_target_config, target_fingerprint
 
@@ -26,7 +27,7 @@ class LoadedDrafter:
     """embedding [vocabulary or more, hidden] and head ([n, hidden] -> [n, vocabulary]) are the target's.
 
     window: context rows kept per context, in tokens. embedding_scale, output_multiplier, softcap (0 = none): of the
-    checkpoint's `dflash_config`.
+    checkpoint's `dflash_config`. head_weight [vocabulary, hidden]: kept for the kernels only, which read it themselves.
     """
 
     config: DFlashConfig
@@ -41,6 +42,7 @@ class LoadedDrafter:
     embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     softcap: float = 0.0
+    head_weight: Tensor | None = None
 
     def shaped(self, logits: Tensor) -> Tensor:
         """Logits as the checkpoint wants them read. The most probable token stays the same."""
@@ -56,7 +58,11 @@ def load_drafter(settings: DrafterSettings) -> LoadedDrafter:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("drafter.device is 'cuda' but torch finds no CUDA device: set device to 'cpu'")
     try:
-        return _load(settings)
+        triton = wants_triton(settings.kernels, settings.device)
+    except ValueError as error:
+        raise ConfigError(f"drafter.{error}") from error
+    try:
+        return _load(settings, triton)
     except DraftCheckpointError as error:
         raise ConfigError(f"drafter.checkpoint: {error}") from error
     except PairError as error:
@@ -72,7 +78,7 @@ def context_window(config: DFlashConfig, settings: DrafterSettings, target: Targ
     return min(window, target.max_context)
 
 
-def _load(settings: DrafterSettings) -> LoadedDrafter:
+def _load(settings: DrafterSettings, triton: bool) -> LoadedDrafter:
     config = DFlashConfig.load(settings.checkpoint)
     target = read_target_config(settings.target)
     check_pair(config, target)
@@ -100,4 +106,5 @@ def _load(settings: DrafterSettings) -> LoadedDrafter:
         embedding_scale=float(extra.get("input_embedding_scale") or 1.0),
         output_multiplier=float(extra.get("output_multiplier") or 1.0),
         softcap=float(extra.get("final_logit_softcapping") or 0.0),
+        head_weight=head[: target.vocabulary] if triton else None,
     )

@@ -67,9 +67,13 @@ class ContextPool:
     def _write(self, rows: np.ndarray, positions: np.ndarray, features: Sequence[Tensor]) -> None:
         device = self._model.device
         at, places = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
-        flat = features[0] if len(features) == 1 else torch.cat([each.to(self._model.dtype) for each in features])
-        self.kv.index_copy_(1, at, self._model.context_rows(flat.to(device), places))
+        self.kv.index_copy_(1, at, self._model.context_rows(self._flat(features), places))
         self.positions.index_copy_(0, at, places)
+
+    def _flat(self, features: Sequence[Tensor]) -> Tensor:
+        """[rows, hidden], where the model is."""
+        flat = features[0] if len(features) == 1 else torch.cat([each.to(self._model.dtype) for each in features])
+        return flat.to(self._model.device)
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

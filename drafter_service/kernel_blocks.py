@@ -1,0 +1,82 @@
+"""Draft tokens from blocks on the Triton kernels, in CUDA graphs where there is a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from drafter_service.attention import Block
+from drafter_service.blocks import BlockDrafting, Drafts, by_block
+from drafter_service.buckets import Bucket, Buckets
+from drafter_service.kernel_model import InjectedPool, KernelDFlash
+from drafter_service.loading import LoadedDrafter
+from drafter_service.step_buffers import StepBuffers
+
+log = logging.getLogger(__name__)
+
+GRAPH_BLOCKS = 64  # a batch of more blocks is bound by its arithmetic, not by its launches
+
+
+class KernelDrafter(BlockDrafting):
+    """As `BlockDrafter`. On a GPU every bucket of batch sizes is captured once, when it is made.
+
+    A batch that no graph holds, and every batch where capturing failed, runs launch by launch through the same buffers.
+    """
+
+    def __init__(self, loaded: LoadedDrafter, slots: int):
+        self.counters = Counter()
+        self.pool = pool = InjectedPool(loaded, slots)
+        config, device = loaded.config, loaded.model.device
+        self._model = KernelDFlash(loaded, pool, pool.rotation)
+        self._buckets = Buckets(min(slots, GRAPH_BLOCKS), config.block_size)
+        self._buffers = StepBuffers(slots, config.block_size, config.mask_token_id, device)
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._warm_up(loaded)
+        if device.type == "cuda":
+            self._capture()
+        self.counters = Counter(rows=0, padding_rows=0, eager_steps=0)
+
+    def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
+        """As `BlockDrafter.draft`. The host waits once, for the answers."""
+        total = sum(block.rows for block in blocks)
+        asked = total - len(blocks)
+        bucket = self._buckets.choose(len(blocks), total)
+        self._buffers.send(bucket, blocks, bonus_tokens)
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            self._forward(bucket)
+            self.counters["eager_steps"] += 1
+        else:
+            graph.replay()
+        self.counters["rows"] += total
+        self.counters["padding_rows"] += bucket.rows - total
+        return by_block(blocks, *self._buffers.receive(bucket, asked))
+
+    def _forward(self, bucket: Bucket) -> None:
+        self._model.forward(self._buffers.inputs(bucket), self._buffers.answers(bucket))
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """One graph a bucket, in memory that they share, since one runs after the other. Captured without a block."""
+        memory = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        graphs = {}
+        try:
+            for bucket in self._buckets:
+                self._buffers.send(bucket, [], [])
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._forward(bucket)  # what is loaded at its first use must not be loaded during capture
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+                    self._forward(bucket)
+                graphs[bucket] = graph
+        except RuntimeError as error:
+            log.warning("drafts run launch by launch, which costs time: no CUDA graph could be captured (%s)", error)
+            return
+        self._graphs = graphs
+        log.info("%d CUDA graphs for drafts of up to %d blocks", len(graphs), max(each.blocks for each in graphs))
