@@ -15,7 +15,19 @@ from dataclasses import dataclass, field
 from verifier_service.block_hashes import BlockHash
 from verifier_service.blocks import BlockPool
 
-Part = tuple[int, int, int]  # from which of the rows on, into which rows of the store from this one on, how many
+
+@dataclass(slots=True)
+class Parts:
+    """Stretches of rows: counts[i] rows of some tensor, from of[i] on, have their place in the store from at[i] on."""
+
+    of: list[int] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def add(self, of: int, at: int, count: int) -> None:
+        self.of.append(of)
+        self.at.append(at)
+        self.counts.append(count)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,26 +79,33 @@ class FeaturePages:
             table = self._tables[key] = PageTable()
         return table
 
-    def put(self, table: PageTable, start: int, count: int, window: int, names: Sequence[BlockHash] = ()) -> list[Part]:
-        """Rows for positions start .. start+count-1: where to write those that are kept.
+    def put(
+        self,
+        table: PageTable,
+        start: int,
+        count: int,
+        window: int,
+        names: Sequence[BlockHash],
+        parts: Parts,
+        before: int = 0,
+    ) -> None:
+        """Rows for positions start .. start+count-1: adds to `parts` where those have to go that are kept.
 
         Positions held already are skipped (a preempted request computes them again); a gap starts afresh at `start`.
         Pages wholly before the newest `window` positions are given up. names: of the request's blocks from the first
-        on; full pages of those can be found.
+        on; full pages of those can be found. before: rows of others that come first in the tensor to be written.
         """
         stop = start + count
         if start > table.end:
             self._restart(table, start)
-        parts: list[Part] = []
         while table.end < stop:
             if not table.room and not self._open(table):
                 self._restart(table, stop)
                 break
             size, skipped = min(stop - table.end, table.room), table.end - start
-            parts.append((skipped, table.extend(size), size))
+            parts.add(before + skipped, table.extend(size), size)
             if not table.room:
                 self._close(table, window, names)
-        return parts
 
     def adopt(self, table: PageTable, names: Sequence[BlockHash], wanted: int) -> bool:
         """A request goes on after blocks with these names: it holds their newest pages, in place of what it held.
@@ -106,15 +125,15 @@ class FeaturePages:
         table.pages, table.oldest, table.end = found[::-1], len(names) - len(found), len(names) * self.page_tokens
         return True
 
-    def rows(self, table: PageTable, start: int, end: int) -> tuple[int, list[Part]]:
+    def rows(self, table: PageTable, start: int, end: int) -> tuple[int, Parts]:
         """Of positions start..end-1, as far as they are held: the first of them, and where they are."""
         start, end = max(start, table.first), min(end, table.end)
-        parts: list[Part] = []
+        parts = Parts()
         at = start
         while at < end:
             block, inside = divmod(at, self.page_tokens)
             size = min(end - at, self.page_tokens - inside)
-            parts.append((at - start, table.pages[block - table.oldest] * self.page_tokens + inside, size))
+            parts.add(at - start, table.pages[block - table.oldest] * self.page_tokens + inside, size)
             at += size
         return start, parts
 

@@ -7,13 +7,11 @@ from here. After a prefix hit they are those of the blocks that were found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from cluster.errors import ConfigError
-from verifier_service.feature_pages import FeaturePages, PageTable, Part
+from verifier_service.feature_pages import FeaturePages, PageTable, Parts
 
 _WORDS = {2: torch.int16, 4: torch.int32}  # numpy knows no bfloat16, and copies rows at the speed of memory
 
@@ -50,31 +48,27 @@ class FeatureStore:
         """What is kept for cached blocks alone."""
         return self.pages.idle * self._page_bytes
 
-    def write(self, rows: torch.Tensor, parts: Sequence[Part]) -> None:
-        """Copy rows [count, hidden], on any device, to where these parts say. If two name one row, the later counts."""
-        if not parts:
+    def write(self, rows: torch.Tensor, parts: Parts) -> None:
+        """Copy rows [count, hidden], on any device, to where these parts say, which are in the order of the rows.
+
+        If two parts name one row of the store, the later counts.
+        """
+        if not parts.counts:
             return
-        of, to, counts = (np.array(column) for column in zip(*parts))
+        target = spans(parts.at, parts.counts)
         data = rows.detach().to("cpu", self._rows.dtype).contiguous()
         words = data.view(_WORDS[data.dtype.itemsize]).numpy()
-        source = spans(of, counts)
-        self._words[spans(to, counts)] = words if is_all(source, len(words)) else words[source]
+        self._words[target] = words if len(target) == len(words) else words[spans(parts.of, parts.counts)]
 
     def read(self, table: PageTable, start: int, end: int) -> tuple[int, torch.Tensor]:
         """Of positions start..end-1 what is held: the first of them, and a copy [count, hidden]."""
         first, parts = self.pages.rows(table, start, end)
-        if not parts:
-            return first, self._rows[:0]
-        _, at, counts = (np.array(column) for column in zip(*parts))
-        return first, self._rows.index_select(0, torch.from_numpy(spans(at, counts)))
+        return first, self._rows.index_select(0, torch.from_numpy(spans(parts.at, parts.counts)))
 
 
-def spans(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def spans(firsts: list[int], counts: list[int]) -> np.ndarray:
     """int64: first .. first + count - 1 of each pair, one after the other."""
-    before = counts.cumsum() - counts
-    return np.repeat(firsts - before, counts) + np.arange(int(counts.sum()))
-
-
-def is_all(index: np.ndarray, count: int) -> bool:
-    """Whether it names 0 .. count - 1, in order."""
-    return len(index) == count and bool((index == np.arange(count)).all())
+    lengths = np.array(counts, np.int64)
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if counts else 0
+    return np.repeat(np.array(firsts, np.int64) - ends + lengths, lengths) + np.arange(total)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 
-@dataclass(frozen=True)
-class VerifyRow:
+
+class VerifyRow(msgspec.Struct, frozen=True, gc=False):  # hundreds a step: made in a tenth of a dataclass's time
     """Verify bonus + k drafts of one slot. token_ids[0] is the bonus token, at absolute position `start`."""
 
     slot: int

@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from cluster.contracts import EngineRequest
 from verifier_service.block_hashes import BlockHash
 
@@ -68,8 +70,7 @@ class RunningRequest:
         return self.request.max_new_tokens - self.generated
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(msgspec.Struct, eq=False):  # hundreds a step: made in a quarter of a dataclass's time
     """What one step did for one request.
 
     row: its first token row in the step; kept rows from there are now in the KV cache, at positions start.. .
@@ -83,7 +84,7 @@ class Progress:
     start: int
     kept: int
     logit_row: int = -1
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = msgspec.field(default_factory=list)
     drafted: int = 0
     matched: int = 0
     accepted: int = 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from verifier_service.feature_pages import PageTable
+from verifier_service.feature_pages import PageTable, Parts
 from verifier_service.features import FeatureStore
 
 PAGE = 4
@@ -29,7 +29,9 @@ def made(pages: int) -> FeatureStore:
 
 def put(store: FeatureStore, key: str, start: int, given: torch.Tensor, window: int, names=()) -> PageTable:
     table = store.pages.of(key)
-    store.write(given, store.pages.put(table, start, len(given), window, names))
+    parts = Parts()
+    store.pages.put(table, start, len(given), window, names, parts)
+    store.write(given, parts)
     return table
 
 
@@ -72,7 +74,7 @@ class Model:
 
     def grow(self) -> None:
         """Several requests in one write, as a step has them."""
-        parts, data, count = [], [], 0
+        parts, data, count = Parts(), [], 0
         for key in self.random.sample(sorted(self.texts), min(len(self.texts), self.random.randint(1, 4))):
             table = self.store.pages.of(key)
             start = max(0, table.end + self.random.choice([0, 0, 0, 0, -3, 2]))
@@ -81,12 +83,11 @@ class Model:
                 continue
             own = torch.cat([rows(at, 1, self.texts[key][at // PAGE]) for at in range(start, stop)])
             if start == table.end and stop - start < table.room and self.random.random() < 0.5:
-                placed = [(0, table.extend(stop - start), stop - start)]
+                parts.add(count, table.extend(stop - start), stop - start)
             else:
-                placed = self.store.pages.put(table, start, stop - start, self.window, self.names_of(key))
+                self.store.pages.put(table, start, stop - start, self.window, self.names_of(key), parts, count)
             self.names.update(self.names_of(key)[: stop // PAGE])
             self.note(key, start, stop)
-            parts += [(count + skipped, at, size) for skipped, at, size in placed]
             data.append(own)
             count += len(own)
         if data:

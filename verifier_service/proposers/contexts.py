@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAsk, Piece
-from verifier_service.feature_pages import PageTable, Part
-from verifier_service.features import FeatureStore, is_all, spans
+from verifier_service.feature_pages import PageTable, Parts
+from verifier_service.features import FeatureStore, spans
 from verifier_service.proposers.room import Room
 from verifier_service.sequence import Key, Progress, RunningRequest
 
@@ -158,27 +157,28 @@ class Contexts:
         if send and self._link.queued_bytes >= UNSENT_BYTES:
             self.hold_back(owners)
             send = False
-        window, lagging = self._window, self._lagging
+        pages, window, lagging = self._store.pages, self._window, self._lagging
         sources: list[int] = []  # of each request: its first row of the step that is fused, how many, and what of the
         counts: list[int] = []  # fused rows is kept where, and sent
-        parts: list[Part] = []
+        parts = Parts()
         pieces: list[Piece] = []
         sent: list[int] = []
         fused = 0
         for owner, p in zip(owners, progress):
             start, kept = p.start, p.kept
+            first = fresh = 0
             if (
-                owner is not None
-                and start == (table := owner.table).end
-                and kept < table.room
-                and len(p.sequence.tokens) - start <= window
+                owner is None
+                or start != (table := owner.table).end
+                or len((sequence := p.sequence).tokens) - start > window
             ):
-                first = fresh = 0  # the usual: all rows are new, none is old, and they fill no page
-                parts.append((fused, table.extend(kept), kept))
-            else:
                 first, fresh = self._keep(owner, p, fused, parts)
                 if first == kept:
                     continue
+            elif kept < table.room:  # the usual: all rows are new, none is old, and they fill no page
+                parts.add(fused, table.extend(kept), kept)
+            else:
+                pages.put(table, start, kept, window, sequence.hashes, parts, fused)
             if send and owner is not None and owner.placed and owner not in lagging:
                 begin, stop = start + fresh, start + kept
                 if begin != owner.sent:
@@ -210,10 +210,10 @@ class Contexts:
         while self._incomplete and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
             left -= self._send_older(next(iter(self._incomplete)))
 
-    def _keep(self, owner: Context | None, p: Progress, fused: int, parts: list[Part]) -> tuple[int, int]:
+    def _keep(self, owner: Context | None, p: Progress, fused: int, parts: Parts) -> tuple[int, int]:
         """Any rows: from which of them on they are wanted at all, and from which on they lie in the window.
 
-        fused: how many rows of others are before them. Adds to `parts` where they are kept.
+        fused: how many rows of others are fused before them. Adds to `parts` where they are kept.
         """
         sequence, start, kept = p.sequence, p.start, p.kept
         if owner is not None:
@@ -226,10 +226,8 @@ class Contexts:
             return kept, kept
         old = min(max(len(sequence.tokens) - self._window - start, 0), kept)
         first = 0 if sequence.hashes else old  # a cached block's features are kept, however old
-        for skipped, at, count in self._store.pages.put(
-            table, start + first, kept - first, self._window, sequence.hashes
-        ):
-            parts.append((fused + skipped, at, count))
+        names = sequence.hashes
+        self._store.pages.put(table, start + first, kept - first, self._window, names, parts, fused)
         return first, old
 
     def _unsent(self, context: Context, start: int, stop: int) -> int:
@@ -306,8 +304,7 @@ class Contexts:
 
 
 def _rows(tensor: torch.Tensor, firsts: list[int], counts: list[int]) -> torch.Tensor:
-    """Of each pair the rows first .. first + count - 1, one after the other; the tensor itself if that is all of it."""
-    index = spans(np.array(firsts), np.array(counts))
-    return (
-        tensor if is_all(index, tensor.shape[0]) else tensor.index_select(0, torch.from_numpy(index).to(tensor.device))
-    )
+    """Of each pair, in ascending order, the rows first .. first + count - 1; the tensor itself if that is all of it."""
+    if sum(counts) == tensor.shape[0]:
+        return tensor
+    return tensor.index_select(0, torch.from_numpy(spans(firsts, counts)).to(tensor.device))
