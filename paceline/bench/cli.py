@@ -128,14 +128,15 @@ def host(
     repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are shown")] = 3,
     json: Json = None,
 ) -> None:
-    """Measure what a step costs beside the model: the engine runs with a null model and a null drafter."""
-    from paceline.bench.host import HostOptions, measure, table, write_json
+    """Measure what a step costs beside the model: the engine runs with a null model and a null drafter,
+    behind no link and behind one over tcp."""
+    from paceline.bench.host import NAMES, HostOptions, measure, table, write_json
     from paceline.bench.machine import describe
     from paceline.progress import bar
 
     machine = describe()
     try:
-        with bar("runs", 2 * repeat) as advance:
+        with bar("runs", len(NAMES) * repeat) as advance:
             rows = measure(HostOptions(requests, drafts, right, steps, repeat), advance)
     except PacelineError as error:
         _fail(error)

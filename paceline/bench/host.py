@@ -1,13 +1,18 @@
-"""What a step costs beside the model: planning, packing, acceptance, emission, and the bookkeeping of drafts."""
+"""What a step costs beside the model: planning, packing, acceptance, emission, and the bookkeeping of drafts.
+
+Over tcp, a drafter without a model answers on other threads of this process: their work does not count as the engine's.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +23,11 @@ from rich.table import Table
 
 from cluster.contracts import Delta, EngineInfo, EngineRequest
 from cluster.errors import PacelineError
+from cluster.link.drafter_end import DrafterServer
+from cluster.link.face import VerifierLink
+from cluster.link.verifier_end import RemoteLink
 from paceline.bench.interleave import order
-from paceline.bench.null_model import HIDDEN, VOCABULARY, NullFuser, NullLink, NullRunner
+from paceline.bench.null_model import HIDDEN, VOCABULARY, NullDrafter, NullDrafts, NullFuser, NullLink, NullRunner
 from verifier_service.engine import Engine
 from verifier_service.features import FeatureStore
 from verifier_service.packing import pack
@@ -31,6 +39,8 @@ BLOCK_TOKENS = 16
 PROMPT_TOKENS = 32
 STORE_BYTES = 256 << 20
 RUN_S = 300.0
+LINK_S = 10.0
+NAMES = ("plain", "drafted", "drafted, tcp")
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,11 @@ class HostRow:
 
 
 def measure(options: HostOptions, advance: Callable[[int, str], None]) -> list[HostRow]:
-    """Rows "plain" and "drafted", runs interleaved. Raises PacelineError if a run does not end."""
-    runs: dict[str, list[HostRow]] = {"plain": [], "drafted": []}
+    """A row for each of NAMES, runs interleaved. Raises PacelineError if a run does not end, or does not draft."""
+    runs: dict[str, list[HostRow]] = {name: [] for name in NAMES}
     for name in order(list(runs), options.repeats):
-        row = _run(name, options, options.drafts if name == "drafted" else 0)
+        with _link(name, options) as link:
+            row = _run(name, options, link)
         runs[name].append(row)
         advance(1, f"{name}: {row.cpu_ms:.2f} ms")
     return [sorted(rows, key=lambda row: row.cpu_ms)[len(rows) // 2] for rows in runs.values()]
@@ -115,7 +126,39 @@ class _Timed:
         return output
 
 
-def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
+@contextmanager
+def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
+    drafts = NullDrafts(options.drafts + 1, options.right)
+    if name == "plain":
+        yield None
+    elif name == "drafted":
+        yield NullLink(drafts)
+    else:
+        server = DrafterServer(NullDrafter(drafts))
+        link = RemoteLink(
+            verifier_id="host",
+            target_fingerprint="",
+            feature_version="",
+            hidden=HIDDEN,
+            vocabulary=VOCABULARY,
+            token="",
+        )
+        logging.getLogger("cluster.link.drafter_end").setLevel(logging.ERROR)  # that a run's link ends is no news
+        try:
+            link.set_drafters([server.address])
+            deadline = time.monotonic() + LINK_S
+            while not link.state.linked:
+                if time.monotonic() > deadline:
+                    raise PacelineError(f"the link to a drafter in this process did not stand within {LINK_S:g} s")
+                time.sleep(0.001)
+            yield link
+        finally:
+            link.stop()
+            server.stop()
+
+
+def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
+    drafts = options.drafts if link is not None else 0
     new_tokens = options.steps * (1 + min(drafts, options.right))
     context = PROMPT_TOKENS + new_tokens
     blocks = options.requests * (context // BLOCK_TOKENS + 2)
@@ -123,10 +166,10 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
     limits = SchedulerLimits(options.requests, blocks, BLOCK_TOKENS, step_tokens, 0)
     runner = _Timed(NullRunner(context), options.requests)
     proposer = None
-    if drafts:
+    if link is not None:
         store = FeatureStore(STORE_BYTES, BLOCK_TOKENS, HIDDEN)
         proposer = LinkProposer(
-            NullLink(drafts + 1, options.right),
+            link,
             NullFuser(drafts + 1),
             store,
             verifier_id="host",
@@ -149,6 +192,8 @@ def _run(name: str, options: HostOptions, drafts: int) -> HostRow:
     try:
         if not over.wait(RUN_S):
             raise PacelineError(f"the engine did not finish {options.requests} requests within {RUN_S:g} s")
+        if engine.status().counters.get("drafting_failures", 0):
+            raise PacelineError(f"drafting failed in the run {name!r}: see the log")
     finally:
         engine.stop()
     cpu, wall = (

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece
+from cluster.link.face import LinkState, Peer
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Piece, Welcome
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.plan import StepPlan
 
 VOCABULARY = 64
 HIDDEN = 16
+WINDOW = 4096
 
 
 class NullRunner:
@@ -50,18 +51,33 @@ class NullFuser:
         return taps
 
 
+class NullDrafts:
+    """Whatever is asked for, from a table."""
+
+    def __init__(self, block_size: int, right: int):
+        self.block_size = block_size
+        self._ids = [  # by bonus token
+            tuple((token + 1 + i + (i >= right)) % VOCABULARY for i in range(block_size - 1))
+            for token in range(VOCABULARY)
+        ]
+        self._confidence = (0.5,) * (block_size - 1)
+
+    def answers(self, asks: Sequence[DraftAsk]) -> list[DraftAnswer]:
+        ids, confidence = self._ids, self._confidence
+        return [
+            DraftAnswer(ask.context_id, ask.base, ids[ask.bonus_token][: ask.rows], confidence[: ask.rows])
+            for ask in asks
+        ]
+
+
 class NullLink:
     """A VerifierLink that answers at once. Nothing is sent, nothing is lost."""
 
     queued_bytes = 0
 
-    def __init__(self, block_size: int, right: int):
-        self._drafts = [  # by bonus token
-            tuple((token + 1 + i + (i >= right)) % VOCABULARY for i in range(block_size - 1))
-            for token in range(VOCABULARY)
-        ]
-        self._confidence = (0.5,) * (block_size - 1)
-        self.state = LinkState(linked=True, epoch=1, drafter_id="null", block_size=block_size, window=4096)
+    def __init__(self, drafts: NullDrafts):
+        self._drafts = drafts
+        self.state = LinkState(True, epoch=1, drafter_id="null", block_size=drafts.block_size, window=WINDOW)
 
     def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         return
@@ -70,11 +86,7 @@ class NullLink:
         return
 
     def collect(self, asks: Sequence[DraftAsk], timeout_s: float) -> list[DraftAnswer]:
-        drafts = self._drafts
-        return [
-            DraftAnswer(ask.context_id, ask.base, drafts[ask.bonus_token][: ask.rows], self._confidence[: ask.rows])
-            for ask in asks
-        ]
+        return self._drafts.answers(asks)
 
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         return
@@ -86,4 +98,29 @@ class NullLink:
         return
 
     def stop(self) -> None:
+        return
+
+
+class NullDrafter:
+    """A DrafterHandler behind a real link: takes whatever comes, and answers at once on the thread that reads."""
+
+    def __init__(self, drafts: NullDrafts):
+        self._drafts = drafts
+
+    def hello(self, hello: Hello) -> Welcome:
+        return Welcome("null", "", self._drafts.block_size, capacity_contexts=1 << 14, window=WINDOW)
+
+    def linked(self, peer: Peer) -> None:
+        return
+
+    def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
+        return
+
+    def draft(self, peer: Peer, draft: Draft) -> None:
+        peer.answer(self._drafts.answers(draft.asks))
+
+    def close_contexts(self, peer: Peer, context_ids: Sequence[str]) -> None:
+        return
+
+    def lost(self, peer: Peer) -> None:
         return
