@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from verifier_service.proposers.linked import LinkProposer
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.recorder import FlightRecorder, FlightTarget
 from verifier_service.scheduler import SchedulerLimits
+from verifier_service.settled import settled
 
 log = logging.getLogger(__name__)
 
@@ -87,22 +87,14 @@ def run_rank(
     with _ranks(settings, rank, rendezvous) as ranks:
         runner = build_runner(settings, rank, ranks.group)
         channel = PlanChannel(ranks.group)
-        if rank == 0:
-            engine = build_engine(settings, runner, channel, engine_id, make_link)
-            ranks.meet()
-            _settle()
-            _serve(engine, host, settings.link.access, on_ready)
-        else:
-            ranks.meet()
-            _settle()
-            on_ready("")
-            follow(runner, channel)
-
-
-def _settle() -> None:
-    """What is loaded stays: a garbage collection that walks all of it holds up a step for half a second."""
-    gc.collect()
-    gc.freeze()
+        engine = build_engine(settings, runner, channel, engine_id, make_link) if rank == 0 else None
+        ranks.meet()
+        with settled():
+            if engine is not None:
+                _serve(engine, host, settings.link.access, on_ready)
+            else:
+                on_ready("")
+                follow(runner, channel)
 
 
 def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -> TargetRunner:

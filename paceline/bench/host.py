@@ -34,6 +34,7 @@ from verifier_service.packing import pack
 from verifier_service.plan import StepPlan
 from verifier_service.proposers.linked import LinkProposer
 from verifier_service.scheduler import SchedulerLimits
+from verifier_service.settled import settled
 
 BLOCK_TOKENS = 16
 PROMPT_TOKENS = 32
@@ -73,7 +74,7 @@ def measure(options: HostOptions, advance: Callable[[int, str], None]) -> list[H
     """A row for each of NAMES, runs interleaved. Raises PacelineError if a run does not end, or does not draft."""
     runs: dict[str, list[HostRow]] = {name: [] for name in NAMES}
     for name in order(list(runs), options.repeats):
-        with _link(name, options) as link:
+        with settled(), _link(name, options) as link:
             row = _run(name, options, link)
         runs[name].append(row)
         advance(1, f"{name}: {row.cpu_ms:.2f} ms")
@@ -115,13 +116,15 @@ class _Timed:
         self._runner, self._requests = runner, requests
         self.shape, self.set_taps = runner.shape, runner.set_taps
         self.marks: list[tuple[Clocks, Clocks]] = []
-        self.plans: list[StepPlan] = []
+        self.tokens, self.packed_bytes = 0, 0  # of the largest of them
 
     def forward(self, plan: StepPlan):
         began = _clocks()
         output = self._runner.forward(plan)
         if len(plan.verify) == self._requests and not plan.prefill:
-            self.plans.append(plan)
+            tokens = sum(len(row.token_ids) for row in plan.verify)
+            if tokens > self.tokens:
+                self.tokens, self.packed_bytes = tokens, 8 * len(pack(plan))
             self.marks.append((began, _clocks()))
         return output
 
@@ -200,6 +203,4 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
         1000 * statistics.median(begin[clock] - end[clock] for (_, end), (begin, _) in pairwise(runner.marks))
         for clock in (0, 1)
     )
-    plan = runner.plans[len(runner.plans) // 2]
-    tokens = sum(len(row.token_ids) for row in plan.verify)
-    return HostRow(name, options.requests, tokens, cpu, wall, 8 * len(pack(plan)))
+    return HostRow(name, options.requests, runner.tokens, cpu, wall, runner.packed_bytes)
