@@ -69,7 +69,7 @@ def check_append(append: Append, bytes_per_row: int) -> int:
 
 def appends(pieces: Sequence[Piece], most_rows: int) -> Iterator[Append]:
     """The pieces in frames of at most MAX_ENTRIES pieces and `most_rows` rows; a longer piece is cut."""
-    if len(pieces) <= MAX_ENTRIES and sum(piece.count for piece in pieces) <= most_rows:
+    if 0 < len(pieces) <= MAX_ENTRIES and sum(piece.count for piece in pieces) <= most_rows:
         yield Append(tuple(pieces))
         return
     batch: list[Piece] = []
