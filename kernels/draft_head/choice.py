@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,26 @@ class HeadChoice(NamedTuple):
         return (self.logits - self.log_sum_exp).exp()
 
 
+class HeadCandidates(NamedTuple):
+    """Per row the k best tokens, best first and the lowest id first among equals.
+
+    token_ids int64 [rows, k]; logits float32 [rows, k]; log_sum_exp float32 [rows]: over all tokens.
+    """
+
+    token_ids: torch.Tensor
+    logits: torch.Tensor
+    log_sum_exp: torch.Tensor
+
+
+def join_candidates(shards: Sequence[HeadCandidates]) -> HeadCandidates:
+    """Of shards of the vocabulary in the order of their tokens: the same as of the whole."""
+    logits, order = torch.cat([each.logits for each in shards], dim=-1).sort(dim=-1, descending=True, stable=True)
+    token_ids = torch.cat([each.token_ids for each in shards], dim=-1).gather(-1, order)
+    k = shards[0].logits.shape[-1]
+    total = torch.stack([each.log_sum_exp for each in shards]).logsumexp(0)
+    return HeadCandidates(token_ids[:, :k], logits[:, :k], total)
+
+
 class HeadShape(NamedTuple):
     """How a checkpoint wants its logits read: times `multiplier` (above 0), then soft_cap * tanh(logit / soft_cap),
     where soft_cap 0 leaves them as they are. The order of the tokens stays the same.
@@ -39,8 +60,10 @@ class HeadShape(NamedTuple):
 PLAIN = HeadShape()
 
 
-def check_arguments(hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises ValueError unless hidden [rows, width] fits weight [vocabulary, width] of the same dtype."""
+def check_arguments(hidden: torch.Tensor, weight: torch.Tensor, k: int = 1) -> None:
+    """Raises ValueError unless hidden [rows, width] fits weight [vocabulary, width] of the same dtype, and k that."""
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k is {k}: want 1 to {weight.shape[0]}, the size of the vocabulary or its shard")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}: "

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draft_head.choice import PLAIN, HeadChoice, HeadShape, check_arguments
+from kernels.draft_head.choice import PLAIN, HeadCandidates, HeadChoice, HeadShape, check_arguments
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,52 @@ def draft_head(
         BLOCK=triton.next_power_of_2(sections),
     )
     return choice
+
+
+def draft_candidates(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    k: int,
+    *,
+    shape: HeadShape = PLAIN,
+    first_token: int = 0,
+    tile: Tiling | None = None,
+) -> HeadCandidates:
+    """As kernels.draft_head.reference, in the dtypes of `draft_head`; k up to the tile's tokens."""
+    check_arguments(hidden, weight, k)
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    tile = tile or tiling(min(rows, 32))  # the sorting of a larger tile does not fit into registers
+    if k > tile.tokens:
+        raise ValueError(f"k is {k}: want at most the tile's {tile.tokens} tokens")
+    sections, kept = triton.cdiv(vocabulary, tile.section), max(2, triton.next_power_of_2(k))
+    keys = torch.empty(rows, sections, kept, dtype=torch.int64, device=hidden.device)
+    best, mass = torch.empty(2, sections, rows, dtype=torch.float32, device=hidden.device).unbind()
+    _candidate_sections[(triton.cdiv(rows, tile.rows), sections)](
+        *(hidden, weight, keys, best, mass, rows, vocabulary, hidden.stride(0), weight.stride(0), *shape),
+        SOFT_CAP=shape.soft_cap != 0,
+        WIDTH=width,
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        COLUMNS=tile.width,
+        SECTION=tile.section,
+        KEPT=kept,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    candidates = HeadCandidates(
+        torch.empty(rows, k, dtype=torch.int64, device=hidden.device),
+        torch.empty(rows, k, dtype=torch.float32, device=hidden.device),
+        torch.empty(rows, dtype=torch.float32, device=hidden.device),
+    )
+    _join_candidates[(rows,)](
+        *(keys, best, mass, *candidates, rows, first_token),
+        SECTIONS=sections,
+        BLOCK=triton.next_power_of_2(sections),
+        K=k,
+        KEPT=kept,
+        CHUNK=max(kept, 1024),
+    )
+    return candidates
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -179,3 +225,90 @@ def _join(
     tl.store(token_ids + row, token.to(tl.int64) + first_token)
     tl.store(logits + row, top)
     tl.store(log_sum_exp + row, top + tl.log(total))
+
+
+@triton.jit
+def _ranked(logits, token):
+    """int64 keys that sort as the logits do, the lower token id above the higher one where they are equal."""
+    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _candidate_sections(
+    hidden,
+    weight,
+    keys,
+    best,
+    mass,
+    rows,
+    vocabulary,
+    hidden_row,
+    weight_row,
+    multiplier,
+    soft_cap,
+    SOFT_CAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SECTION: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    section = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    kept = tl.full((ROWS, KEPT), -(2**63), tl.int64)
+    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TOKENS):
+        token, logits = _logits(
+            hidden, weight, row, valid, begin, vocabulary, hidden_row, weight_row, multiplier, soft_cap,
+            SOFT_CAP, WIDTH, ROWS, TOKENS, COLUMNS,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        top = higher
+        own = tl.topk(_ranked(logits, tl.broadcast_to(token[None, :], logits.shape)), KEPT)
+        kept = tl.topk(tl.reshape(tl.join(kept, own), (ROWS, 2 * KEPT)), KEPT)
+    cell = section * rows + row
+    tl.store(best + cell, top, mask=valid)
+    tl.store(mass + cell, total, mask=valid)
+    sections = tl.num_programs(1)
+    where = (row.to(tl.int64) * sections + section)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
+    tl.store(keys + where, kept, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "first_token"])
+def _join_candidates(
+    keys,
+    best,
+    mass,
+    token_ids,
+    logits,
+    log_sum_exp,
+    rows,
+    first_token,
+    SECTIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    KEPT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    section = tl.arange(0, BLOCK)
+    own = tl.load(best + section * rows + row, mask=section < SECTIONS, other=float("-inf"))
+    own_mass = tl.load(mass + section * rows + row, mask=section < SECTIONS, other=0.0)
+    top = tl.max(own, 0)
+    tl.store(log_sum_exp + row, top + tl.log(tl.sum(own_mass * tl.exp(own - top), 0)))
+    kept = tl.full((1, KEPT), -(2**63), tl.int64)
+    for begin in range(0, SECTIONS * KEPT, CHUNK):
+        at = begin + tl.arange(0, CHUNK)
+        there = tl.load(keys + row * SECTIONS * KEPT + at, mask=at < SECTIONS * KEPT, other=-(2**63))
+        kept = tl.topk(tl.reshape(tl.join(kept, tl.topk(there[None, :], KEPT)), (1, 2 * KEPT)), KEPT)
+    order = (kept >> 32).to(tl.int32)
+    logit = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    rank = tl.arange(0, KEPT)[None, :]
+    tl.store(token_ids + row * K + rank, 0x7FFFFFFF - (kept & 0xFFFFFFFF) + first_token, mask=rank < K)
+    tl.store(logits + row * K + rank, logit, mask=rank < K)

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from kernels.block_attention import kernel as block_attention
 from kernels.block_attention import reference as block_attention_reference
 from kernels.block_attention.batch import BlockBatch
+from kernels.candidate_selector import kernel as candidate_selector
+from kernels.candidate_selector import reference as candidate_selector_reference
 from kernels.context_inject import kernel as context_inject
 from kernels.context_inject import reference as context_inject_reference
 from kernels.context_inject.reference import Rotation
+from kernels.draft_head import kernel as draft_head
+from kernels.draft_head import reference as draft_head_reference
 from tests.gpu.case import Call, Case, Machine
 
 BLOCK = 16
@@ -33,6 +37,8 @@ def drafter_cases(machine: Machine) -> Iterator[Case]:
     ):
         held = max(96, context // small)
         yield _attention(machine, max(2, blocks // small), held, heads=32, kv_heads=8, dim=128, options=options)
+    yield _candidates(machine, rows=max(1, 60 // small), width=4096 // small, vocabulary=248_320 // small)
+    yield _selector(machine, blocks=max(2, 16 // small), vocabulary=248_320 // small)
 
 
 def _inject_context(machine: Machine, tokens: int, layers: int, kv_heads: int, dim: int) -> Case:
@@ -105,6 +111,41 @@ def _attention(
         lambda: block_attention_reference.block_attention(query, pool, places, batch, **call),
         moved=2 * query.nbytes + blocks * (2 * seen * kv_heads * dim * pool.itemsize + 8 * held * kv_heads),
         library=None if options else _torch_attention(query, pool, blocks, dim**-0.5),
+    )
+
+
+def _candidates(machine: Machine, rows: int, width: int, vocabulary: int) -> Case:
+    hidden, weight = machine.normal(rows, width), machine.normal(vocabulary, width) * width**-0.5
+
+    def library() -> tuple[Any, torch.Tensor]:
+        logits = hidden @ weight.t()
+        return logits.topk(16), logits.logsumexp(-1)
+
+    # Logits and the log-sum-exp: of two equally good tokens, rounding may choose either.
+    return Case(
+        f"draft_candidates {rows} rows, {width} -> {vocabulary}, 16 of them",
+        lambda: draft_head.draft_candidates(hidden, weight, 16)[1:],
+        lambda: draft_head_reference.draft_candidates(hidden, weight, 16)[1:],
+        moved=weight.itemsize * (weight.numel() + hidden.numel()),
+        library=library,
+    )
+
+
+def _selector(machine: Machine, blocks: int, vocabulary: int) -> Case:
+    """Candidates far apart, so that rounding changes no choice."""
+    k, rank, rows = 16, 256, blocks * (BLOCK - 1)
+    candidates = machine.ints(torch.randint(0, vocabulary, (rows, k)), torch.int64)
+    logits = machine.ints(torch.stack([torch.randperm(k) for _ in range(rows)]), torch.float32)
+    codebooks = [machine.normal(vocabulary, rank) * rank**-0.5 for _ in "ps"]
+    hidden = machine.normal(rows, rank)
+    anchors = machine.ints(torch.arange(blocks) % vocabulary, torch.int64)
+    starts = machine.ints(torch.arange(blocks + 1) * (BLOCK - 1), torch.int64)
+    given = candidates, logits, hidden, anchors, starts, *codebooks
+    return Case(
+        f"select_path {blocks} x {BLOCK - 1} rows, {k} candidates of {vocabulary}, rank {rank}",
+        lambda: tuple(candidate_selector.select_path(*given)),
+        lambda: tuple(candidate_selector_reference.select_path(*given)),
+        moved=rows * (k + 2) * rank * hidden.itemsize + rows * k * 12,
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.draft_head import reference
-from kernels.draft_head.choice import HeadShape
-from kernels.draft_head.kernel import Tiling, draft_head, tiling
+from kernels.draft_head.choice import HeadShape, join_candidates
+from kernels.draft_head.kernel import Tiling, draft_candidates, draft_head, tiling
 
 SMALL = Tiling(rows=16, tokens=32, width=32, section=64)
 
@@ -76,3 +76,38 @@ def test_rows_do_not_depend_on_each_other():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"hidden \(2, 8\) torch.float32 does not fit weight \(9, 7\)"):
         draft_head(torch.zeros(2, 8), torch.zeros(9, 7))
+
+
+def agree_on_candidates(hidden: torch.Tensor, weight: torch.Tensor, k: int, **options):
+    want = reference.draft_candidates(hidden, weight, k, **options)
+    got = draft_candidates(hidden, weight, k, tile=SMALL, **options)
+    assert torch.equal(got.token_ids, want.token_ids)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.log_sum_exp, want.log_sum_exp, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "k"), [(3, 140, 16), (1, 40, 5), (17, 30, 1)])
+def test_the_best_candidates_of_each_row_come_in_their_order(rows: int, vocabulary: int, k: int):
+    hidden, weight = torch.randn(rows, 16), torch.randn(vocabulary, 16)
+    agree_on_candidates(hidden, weight, k, shape=HeadShape(0.7, 30.0), first_token=9)
+
+
+def test_of_equal_candidates_the_lowest_ids_come_first():
+    weight = torch.zeros(150, 16)
+    weight[[140, 90, 70, 71]] = 1.0
+    weight[[3, 20]] = -0.0
+    agree_on_candidates(torch.ones(1, 16), weight, 8)
+
+
+def test_candidates_of_shards_join_to_those_of_the_whole():
+    hidden, weight = torch.randn(3, 16), torch.randn(100, 16)
+    hidden[2] = 0.0  # all tokens are equal
+    shards = [draft_candidates(hidden, weight[i : i + 50], 4, first_token=i, tile=SMALL) for i in (0, 50)]
+    joined, whole = join_candidates(shards), reference.draft_candidates(hidden, weight, 4)
+    assert torch.equal(joined.token_ids, whole.token_ids)
+    torch.testing.assert_close(joined.log_sum_exp, whole.log_sum_exp, rtol=1e-5, atol=1e-4)
+
+
+def test_more_candidates_than_tokens_are_refused():
+    with pytest.raises(ValueError, match="k is 10: want 1 to 9"):
+        draft_candidates(torch.zeros(2, 8), torch.zeros(9, 8), 10)

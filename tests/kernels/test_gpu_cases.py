@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"_attend", "_add_sections", "_sections", "_join", "_verify", "_commit", "_rotate_and_append", "_norm"}
 KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_commit_conv"}
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
+KERNELS |= {"_candidate_sections", "_join_candidates", "_walk"}
 KERNELS |= {"_product", "_add"}
 KERNELS |= {"_attend_latents", "_append_latents"}
 
