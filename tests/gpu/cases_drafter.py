@@ -26,9 +26,12 @@ EPS = 1e-6
 
 def drafter_cases(machine: Machine) -> Iterator[Case]:
     small = machine.shrink
+    heads, kv_heads = (32, 8) if small == 1 else (4, 1)
     for tokens in (16, 1024):
-        yield _inject_context(machine, max(2, tokens // small), layers=5 if small == 1 else 2, kv_heads=8, dim=128)
-    yield _inject_block(machine, tokens=max(2, 256 // small), heads=32, kv_heads=8, dim=128)
+        yield _inject_context(
+            machine, max(2, tokens // small), layers=5 if small == 1 else 2, kv_heads=kv_heads, dim=128
+        )
+    yield _inject_block(machine, tokens=max(2, 256 // small), heads=heads, kv_heads=kv_heads, dim=128)
     for blocks, context, options in (
         (1, 4096, {}),
         (16, 4096, {}),
@@ -36,9 +39,12 @@ def drafter_cases(machine: Machine) -> Iterator[Case]:
         (64, 4096, {"sliding_window": 2048, "causal": True}),
     ):
         held = max(96, context // small)
-        yield _attention(machine, max(2, blocks // small), held, heads=32, kv_heads=8, dim=128, options=options)
-    yield _candidates(machine, rows=max(1, 60 // small), width=4096 // small, vocabulary=248_320 // small)
-    yield _selector(machine, blocks=max(2, 16 // small), vocabulary=248_320 // small)
+        yield _attention(
+            machine, max(2, blocks // small), held, heads=heads, kv_heads=kv_heads, dim=128, options=options
+        )
+    vocabulary = 248_320 if small == 1 else 140
+    yield _candidates(machine, rows=max(1, 60 // small), width=4096 // small, vocabulary=vocabulary)
+    yield _selector(machine, blocks=max(1, 16 // small), vocabulary=vocabulary)
 
 
 def _inject_context(machine: Machine, tokens: int, layers: int, kv_heads: int, dim: int) -> Case:
