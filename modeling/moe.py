@@ -54,6 +54,7 @@ class SparseMoe(nn.Module):
         self.experts = experts
         self.shared_gate_up = None if shared is None else operations.linear(shared.gate_up)
         self.shared_down = None if shared is None else operations.partial_linear(shared.down)
+        self.gate, self.sigmoid = operations.gate(silu_gate), operations.elementwise(torch.sigmoid)
         self.route, self.ranks, self.total = route, ranks, operations.total
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -63,6 +64,8 @@ class SparseMoe(nn.Module):
         weights, chosen = self.route(scores[:, : self.count].float())
         total = self.experts(x, weights.to(x.dtype), chosen)
         if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = self.shared_down(silu_gate(self.shared_gate_up(x)))
-            total = total.addcmul_(shared, torch.sigmoid(scores[:, self.count :])) if self.gated else total.add_(shared)
+            shared = self.shared_down(self.gate(self.shared_gate_up(x)))
+            if self.gated:  # a product and a sum: in one, only some entries would be rounded in between
+                shared = shared.mul_(self.sigmoid(scores[:, self.count :]))
+            total = total.add_(shared)
         return self.total(total, self.ranks).view(hidden.shape)

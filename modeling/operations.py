@@ -6,6 +6,7 @@ torch's operations, over Triton kernels, or in a form whose results depend on no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from modeling.gates import Gate, silu_gate
 from modeling.norms import FusedRMSNorm
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
+
+Elementwise = Callable[[Tensor], Tensor]
 
 
 class Operations(Protocol):
@@ -37,6 +40,12 @@ class Operations(Protocol):
     def norm(self, weight: Tensor, eps: float, zero_centered: bool) -> nn.Module:
         """RMSNorm over the last dimension."""
 
+    def elementwise(self, function: Elementwise) -> Elementwise:
+        """The same function of each entry, which may not change its input; in a form that suits."""
+
+    def gate(self, gate: Gate) -> Gate:
+        """Likewise of a gate."""
+
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         """The sum over ranks [tokens, out], the same to the last bit on every rank; may overwrite `partial`."""
 
@@ -55,6 +64,12 @@ class TorchOperations:
 
     def norm(self, weight: Tensor, eps: float, zero_centered: bool) -> nn.Module:
         return FusedRMSNorm(weight, eps, zero_centered)
+
+    def elementwise(self, function: Elementwise) -> Elementwise:
+        return function
+
+    def gate(self, gate: Gate) -> Gate:
+        return gate
 
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         return ranks.sum_(partial)

@@ -41,6 +41,16 @@ class RankGroup:
             total.add_(part)
         return partial.copy_(total.view(partial.shape))
 
+    def gather(self, part: torch.Tensor) -> list[torch.Tensor]:
+        """All ranks' equally shaped parts, in rank order, on every rank. Copy before the next call."""
+        if self.group is None or self.size == 1:
+            return [part]
+        if self.host is not None and self.host.fits(part):
+            return [one.view(part.shape) for one in self.host.exchange(part)]
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part, group=self.group)
+        return parts
+
     def gather_to_first(self, part: torch.Tensor) -> list[torch.Tensor] | None:
         """All ranks' equally shaped parts, in rank order, on rank 0; None elsewhere. Copy before the next call."""
         if self.group is None or self.size == 1:

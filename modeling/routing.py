@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class SigmoidTopK:
 
     correction: float32 [experts]. groups: experts are divided into so many runs, and only those of the `best_groups`
     with the highest sum of their two best corrected scores can be chosen. normalized: the chosen scores are divided by
-    their sum. scale: factor of all weights.
+    their sum. scale: factor of all weights. sigmoid: how it is computed.
     """
 
     correction: torch.Tensor
@@ -41,10 +42,11 @@ class SigmoidTopK:
     best_groups: int
     normalized: bool
     scale: float
+    sigmoid: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]."""
-        scores = torch.sigmoid(logits)
+        scores = self.sigmoid(logits)
         corrected = scores + self.correction
         if self.best_groups < self.groups:
             corrected = self._only_best_groups(corrected)

@@ -91,15 +91,18 @@ class LatentAttention(nn.Module):
         turned = self._rotate(torch.cat([rotary, key[:, None]], dim=1), *position_embeddings)
         cache = step.latents[self.layer]
         cache.write(step.kv_rows, torch.cat([self.norm(latent), turned[:, -1]], dim=-1))
-        content, rotary = content.transpose(0, 1), turned[:, :-1].transpose(0, 1)  # [heads, tokens, width]
+        output = self._attended(content.transpose(0, 1), turned[:, :-1].transpose(0, 1), step, cache)
+        return self.output(output.transpose(0, 1).reshape(len(x), -1))[None], None
+
+    def _attended(self, content: torch.Tensor, rotary: torch.Tensor, step: Step, cache: LatentsCache) -> torch.Tensor:
+        """Queries' content and rotary parts [heads, tokens, width] -> [heads, tokens, value]."""
         outputs = []
         for expand, works in groupby(step.works, self._expands):
             if expand:
                 outputs += [self._expanded(content, rotary, work, cache) for work in works]
             else:
                 outputs.append(self._absorbed(content, rotary, list(chain(*works)), cache))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)  # [heads, tokens, value]
-        return self.output(output.transpose(0, 1).reshape(len(x), -1))[None], None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [tokens, heads, rotary]; cos, sin [1, tokens, rotary], the same in both halves."""

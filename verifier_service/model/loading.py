@@ -15,6 +15,7 @@ from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
+from verifier_service.model.forms import Forms
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet, split_by_part
 from verifier_service.model.latent_attention import LatentAttention, LatentShape
 from verifier_service.model.moe_loading import load_moe
@@ -49,15 +50,19 @@ class _Parts:
     family: Family
     ranks: RankGroup
     operations: Operations
+    forms: Forms
 
 
 def load_rank(
-    empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup, operations: Operations
+    empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup, operations: Operations, forms: Forms
 ) -> RankModel:
-    """Fill the meta model with this rank's tensors. Raises CheckpointError for a missing, extra or misshapen one."""
+    """Fill the meta model, made for `forms`, with this rank's tensors.
+
+    Raises CheckpointError for a missing, extra or misshapen one.
+    """
     model: Any = empty
     body = model.model
-    parts = _Parts(weights, family, ranks, operations)
+    parts = _Parts(weights, family, ranks, operations, forms)
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
     kv_shapes: dict[int, tuple[int, int]] = {}
     latent_shapes: dict[int, tuple[int, int]] = {}
@@ -67,6 +72,7 @@ def load_rank(
         prefix = f"layers.{index}."
         if touchpoints.is_moe(layer.mlp):
             layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", weights, ranks, operations)
+        touchpoints.set_activation(layer.mlp, operations.elementwise)
         if not touchpoints.is_attention_layer(layer):
             layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", len(recurrent), parts)
             recurrent.append(layer.linear_attn)
@@ -83,6 +89,7 @@ def load_rank(
                 sinks = weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
                 attention.sinks = nn.Parameter(sinks, requires_grad=False)
             kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+            layer.self_attn = forms.around(attention)
     _fill(body, "", parts)
     head = VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks, operations)
     weights.finish()
@@ -135,7 +142,7 @@ def _latent_attention(module: Any, prefix: str, layer: int, parts: _Parts) -> La
         return _norm(getattr(module, name), prefix + name, parts)
 
     low_rank = module.q_lora_rank is not None
-    return LatentAttention(
+    return parts.forms.latent_attention(
         nn.Sequential(linear("q_a_proj"), norm("q_a_layernorm"), linear("q_b_proj")) if low_rank else linear("q_proj"),
         linear("kv_a_proj_with_mqa"),
         norm("kv_a_layernorm"),
@@ -173,7 +180,7 @@ def _delta_net(module: Any, prefix: str, state_layer: int, parts: _Parts) -> Rag
         qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // parts.ranks.size, module.head_k_dim)
     else:
         qkv, z, b, a = (matrix(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
-    return RaggedGatedDeltaNet(
+    return parts.forms.delta_net(
         DeltaNetWeights(
             in_proj_qkv=qkv,
             in_proj_z=z,

@@ -34,6 +34,7 @@ def load_moe(block: Any, prefix: str, weights: RankWeights, ranks: RankGroup, op
             best_groups=block.gate.topk_group,
             normalized=block.gate.norm_topk_prob,
             scale=block.gate.routed_scaling_factor,
+            sigmoid=operations.elementwise(torch.sigmoid),
         )
     else:
         route = SoftmaxTopK(block.gate.top_k, getattr(block.gate, "norm_topk_prob", True))

@@ -2,15 +2,20 @@
 
 A verify leaves the committed state untouched and keeps what a replay needs; the commit of its accepted prefix is one
 weighted sum over the block, because what a token writes (its corrected value) does not depend on later tokens. The
-same sum over a shorter prefix gives the state at a block boundary inside the verified block, for a checkpoint.
+same sum over a shorter prefix gives the state at a block boundary inside the verified block, for a checkpoint. Where
+the last bit must not depend on blocks, tokens are replayed one after the other instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from verifier_service.model.delta_rule import replayed_at_once
+
+Replay = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Verified:
     """What one layer keeps of a verify of R rows x Q tokens until its outcome is known.
 
     mixed [R, window + Q, channels]: convolution inputs, the committed ones first; keys [R, heads, Q, key_dim];
-    decay [R, heads, Q]: running sum of log decays; corrected [R, heads, Q, value_dim].
+    decay [R, heads, Q] and corrected [R, heads, Q, value_dim]: what the replay takes.
     """
 
     mixed: torch.Tensor
@@ -31,7 +36,7 @@ class RecurrentStates:
     """conv [layers, slots, window, channels] and memory [layers, slots, heads, key_dim, value_dim] (float32).
 
     window: the convolution's width - 1. checkpoint_conv and checkpoint_memory: the same with checkpoints for slots, as
-    many as fit into checkpoint_bytes, at most max_checkpoints.
+    many as fit into checkpoint_bytes, at most max_checkpoints. replay: a function of delta_rule.
     """
 
     def __init__(
@@ -48,7 +53,9 @@ class RecurrentStates:
         device: str | torch.device,
         checkpoint_bytes: int = 0,
         max_checkpoints: int = 0,
+        replay: Replay = replayed_at_once,
     ):
+        self._replay = replay
         self.conv = torch.zeros(layers, slots, window, channels, dtype=dtype, device=device)
         self.memory = torch.zeros(layers, slots, heads, key_dim, value_dim, device=device)
         self.bytes_per_state = (self.conv.nbytes + self.memory.nbytes) // slots
@@ -111,13 +118,7 @@ class RecurrentStates:
         decay = _stack([layer.decay for layer in layers], chosen)  # [layers, R, heads, Q]
         corrected = _stack([layer.corrected for layer in layers], chosen)
 
-        last = (kept - 1).view(1, -1, 1, 1).expand(*decay.shape[:3], 1)
-        total = decay.gather(-1, last)  # [layers, R, heads, 1]
-        beyond = torch.arange(decay.shape[-1], device=kept.device) >= kept[:, None]  # [R, Q]
-        weight = (total - decay).masked_fill_(beyond[None, :, None], float("-inf")).exp_()
-        written = (keys * weight[..., None]).transpose(-1, -2) @ corrected
-        memory = self.memory[:, slots].mul_(total.exp()[..., None]).add_(written)
-
+        memory = self._replay(self.memory[:, slots], keys, decay, corrected, kept)
         at = kept[:, None] + torch.arange(self.conv.shape[2], device=kept.device)  # [R, window]
         return mixed[:, torch.arange(len(rows), device=kept.device)[:, None], at], memory
 

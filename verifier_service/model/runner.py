@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from modeling.deterministic import DeterministicOperations
 from modeling.families import family_of, shard_map
 from modeling.kv_dtype import KvDtype
-from modeling.operations import TorchOperations
+from modeling.operations import Operations, TorchOperations
 from modeling.ranks import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import LoadProgress, RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.face import ForwardOutput, ModelShape
+from verifier_service.model.forms import DETERMINISTIC, FAST, Forms
 from verifier_service.model.kv_cache import BlockTables
 from verifier_service.model.kv_storage import KvStorage, held_by
 from verifier_service.model.loading import RankModel, load_rank
@@ -31,8 +33,8 @@ class TargetRunner:
 
     num_blocks x block_tokens: KV capacity in tokens. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running
     requests. max_context: None = the checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state.
-    taps: see set_taps.
-    progress: told of every tensor while weights load.
+    deterministic: a token's logits do not depend on the rest of the step, nor on `size`, to the bit (on CPU).
+    taps: see set_taps. progress: told of every tensor while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -51,6 +53,7 @@ class TargetRunner:
         kv_dtype: KvDtype = "auto",
         max_context: int | None = None,
         checkpoint_bytes: int = 0,
+        deterministic: bool = False,
         taps: Sequence[int] = (),
         progress: Callable[[LoadProgress], None] | None = None,
     ):
@@ -62,15 +65,17 @@ class TargetRunner:
             weights = RankWeights(
                 reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
             )
-            operations = TorchOperations()
-            self._model = load_rank(touchpoints.empty_model(config, dtype), weights, family, self._ranks, operations)
+            operations: Operations = DeterministicOperations(dtype, size) if deterministic else TorchOperations()
+            forms = DETERMINISTIC if deterministic else FAST
+            empty = touchpoints.empty_model(config, dtype, forms.attention)
+            self._model = load_rank(empty, weights, family, self._ranks, operations, forms)
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
         with torch.inference_mode():
             storage = KvStorage(num_blocks, block_tokens, kv_dtype, dtype, device)
             caches = storage.layers(self._model.kv_shapes)
             latents = storage.latents(self._model.latent_shapes)
-            self._states = _states(self._model, num_slots, dtype, device, checkpoint_bytes, num_blocks)
+            self._states = _states(self._model, forms, num_slots, dtype, device, checkpoint_bytes, num_blocks)
         self._rotary = RotaryTable(self._model.rotary, dtype, device)
         self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
         self._builder = StepBuilder(
@@ -169,7 +174,13 @@ class TargetRunner:
 
 
 def _states(
-    model: RankModel, slots: int, dtype: torch.dtype, device: str, checkpoint_bytes: int, max_checkpoints: int
+    model: RankModel,
+    forms: Forms,
+    slots: int,
+    dtype: torch.dtype,
+    device: str,
+    checkpoint_bytes: int,
+    max_checkpoints: int,
 ) -> RecurrentStates | None:
     if not model.recurrent:
         return None
@@ -186,4 +197,5 @@ def _states(
         device=device,
         checkpoint_bytes=checkpoint_bytes,
         max_checkpoints=max_checkpoints,
+        replay=forms.replay,
     )

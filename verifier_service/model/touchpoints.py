@@ -7,6 +7,7 @@ the chunked gated delta rule, which uses fla's kernel on a GPU where that is ins
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,18 +18,24 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta
 from modeling.errors import CheckpointError
 from modeling.target_config import TargetConfig
 from verifier_service.model.attention import paged_attention
+from verifier_service.model.sections import sectioned_attention
 from verifier_service.model.step import Step
 
-ATTENTION = "paceline_paged"
+PAGED = "paceline_paged"
+SECTIONED = "paceline_sectioned"
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence's length
 
-AttentionInterface.register(ATTENTION, paged_attention)
+AttentionInterface.register(PAGED, paged_attention)
+AttentionInterface.register(SECTIONED, sectioned_attention)
 
 chunk_gated_delta_rule = torch_chunk_gated_delta_rule
 
 
-def empty_model(target: TargetConfig, dtype: torch.dtype) -> nn.Module:
-    """The text model's CausalLM class without storage (meta device), attention plugged in. Nothing leaves the disk."""
+def empty_model(target: TargetConfig, dtype: torch.dtype, attention: str = PAGED) -> nn.Module:
+    """The text model's CausalLM class without storage (meta device). Nothing leaves the disk.
+
+    attention: which function is plugged in, PAGED or SECTIONED.
+    """
     config = _text_config(target)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
@@ -36,7 +43,7 @@ def empty_model(target: TargetConfig, dtype: torch.dtype) -> nn.Module:
             f"{target.file}: rope_type {rope!r} is not supported; supported are {', '.join(FIXED_ROPE)}"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 
@@ -98,6 +105,12 @@ def has_sinks(attention: nn.Module) -> bool:
 def sliding_window(attention: nn.Module) -> int | None:
     """In tokens, the row's own included; None: the layer sees everything."""
     return getattr(attention, "sliding_window", None)
+
+
+def set_activation(mlp: Any, wrapped: Callable[[Callable], Callable]) -> None:
+    """Replace a dense block's activation by what `wrapped` makes of it."""
+    if hasattr(mlp, "act_fn"):
+        mlp.act_fn = wrapped(mlp.act_fn)
 
 
 def has_interleaved_projections(delta_net: nn.Module) -> bool:
