@@ -17,7 +17,7 @@ from modeling.norms import FusedRMSNorm
 from modeling.operations import Elementwise
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
-from modeling.tiles import TiledProduct, leaves_of, tree_sum
+from modeling.tiles import LEAVES, TiledProduct, leaves_of, tree_sum
 
 
 class DeterministicOperations:
@@ -27,6 +27,8 @@ class DeterministicOperations:
     """
 
     def __init__(self, dtype: torch.dtype, size: int = 1):
+        if LEAVES % size:
+            raise ValueError(f"{size} ranks cannot share {LEAVES} leaves: 1, 2, 4 and 8 can")
         self._dtype, self._size = dtype, size
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:

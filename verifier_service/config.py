@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cluster.tls import Access, TlsFiles
 from modeling.kv_dtype import DTYPE_BYTES, KvDtype
 
+DETERMINISTIC_SIZES = (1, 2, 4, 8)
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +66,11 @@ class VerifierSettings(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cuda"
     threads_per_rank: int = Field(1, ge=1, description="torch threads of a rank on CPU")
+    deterministic: bool = Field(
+        False,
+        description="a token's logits are the same bits whatever is in the step beside it, however prompt and drafts "
+        "were cut, and at tensor_parallel_size 1, 2, 4 and 8; slower (docs/deterministic.md)",
+    )
     max_requests: int = Field(64, ge=1, le=4096, description="running requests (state slots)")
     max_waiting: int = Field(256, ge=0, description="beyond it a submit is refused as overloaded")
     block_tokens: int = Field(16, ge=1, description="tokens of one KV block")
@@ -108,6 +115,29 @@ class VerifierSettings(Strict):
             raise ValueError(
                 f"kv_dtype {self.kv_dtype!r} is wider than dtype {self.dtype!r}, which takes memory and gives nothing: "
                 "set it to 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_where_it_can_be(self) -> VerifierSettings:
+        if not self.deterministic:
+            return self
+        if self.device != "cpu":
+            raise ValueError(
+                f"deterministic is true but device is {self.device!r}, where it is not available yet: set "
+                "deterministic to false, or device to 'cpu'"
+            )
+        if self.tensor_parallel_size not in DETERMINISTIC_SIZES:
+            raise ValueError(
+                f"deterministic is true but tensor_parallel_size is {self.tensor_parallel_size}: sums are added as a "
+                f"balanced tree of 8 parts, so choose one of {', '.join(map(str, DETERMINISTIC_SIZES))}, or set "
+                "deterministic to false"
+            )
+        if self.threads_per_rank != 1:
+            raise ValueError(
+                f"deterministic is true but threads_per_rank is {self.threads_per_rank}: where torch divides an array "
+                "among threads, last bits follow; set it to 1 and raise tensor_parallel_size, or set deterministic to "
+                "false"
             )
         return self
 

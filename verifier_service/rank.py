@@ -111,6 +111,7 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         device=settings.device,
         kv_dtype=settings.kv_dtype,
         max_context=settings.max_context,
+        deterministic=settings.deterministic,
         progress=log_progress(log) if rank == 0 else None,
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
     )
@@ -164,6 +165,7 @@ def _recorder(settings: VerifierSettings, engine_id: str, fingerprint: str) -> F
         settings.tensor_parallel_size,
         settings.block_tokens,
         settings.kv_dtype,
+        settings.deterministic,
     )
     return FlightRecorder(settings.flight_recorder, engine_id, target)
 

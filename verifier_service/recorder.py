@@ -40,6 +40,7 @@ class FlightTarget(msgspec.Struct, frozen=True):
     tensor_parallel_size: int
     block_tokens: int
     kv_dtype: KvDtype = "auto"
+    deterministic: bool = False
 
 
 class FlightRow(msgspec.Struct, frozen=True, array_like=True):

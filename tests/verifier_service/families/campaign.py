@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tests.verifier_service.families import ranks
+from tests.verifier_service.families.bits import Bits, bits_of, merged, unsettled
 from tests.verifier_service.families.ranks import Job, Outcome
 from tests.verifier_service.families.rows import ROWS
 from tests.verifier_service.families.schedule import prompts
@@ -24,12 +25,20 @@ class Proof:
     job: Job
     outcomes: list[Outcome]
     verdict: Verdict
+    bits: Bits
 
 
 def prove(
-    root: Path, text_seeds: Sequence[int], schedules: Mapping[int, Sequence[int]], timeout_s: float
+    root: Path,
+    text_seeds: Sequence[int],
+    schedules: Mapping[int, Sequence[int]],
+    timeout_s: float,
+    deterministic: Mapping[int, Sequence[int]] | None = None,
 ) -> list[Proof]:
-    """schedules: seeds by number of ranks, for each seed of texts. Raises TimeoutError if ranks take longer."""
+    """schedules: seeds by number of ranks, for each seed of texts; deterministic: likewise, in that mode.
+
+    Raises TimeoutError if ranks take longer.
+    """
     torch.set_num_threads(1)
     jobs: list[Job] = []
     judges: dict[str, Judge] = {}
@@ -39,14 +48,16 @@ def prove(
         for text_seed in text_seeds:
             said = texts(model, prompts(text_seed))
             jobs += [
-                Job(name, root / name, text_seed, said, seed, size, sockets=name == SOCKETS)
+                Job(name, root / name, text_seed, said, seed, size, sockets=name == SOCKETS, deterministic=mode)
+                for mode, seeds in ((False, schedules), (True, deterministic or {}))
                 for size in row.sizes
-                for seed in schedules[size]
+                for seed in seeds.get(size, ())
             ]
 
     def judged(job: Job, outcomes: list[Outcome]) -> Proof:
         verdict = judges[job.row].verdict(job.texts, job.seed, outcomes[0])
-        return Proof(job, [replace(outcome, rows={}) for outcome in outcomes], verdict)
+        bits = bits_of(job.texts, job.seed, outcomes[0])
+        return Proof(job, [replace(outcome, rows={}) for outcome in outcomes], verdict, bits)
 
     processes = ranks.start([job for job in jobs if job.size > 1], root)
     proofs = [judged(job, [ranks.run(job)]) for job in jobs if job.size == 1]
@@ -63,6 +74,7 @@ def table(proofs: Sequence[Proof]) -> str:
     for name, row in ROWS.items():
         for size in row.sizes:
             own = [proof for proof in proofs if (proof.job.row, proof.job.size) == (name, size)]
+            own = [proof for proof in own if not proof.job.deterministic]
             lines.append(f"| {' | '.join([name, str(size), *_cells(own)])} |")
     return "\n".join(lines)
 
@@ -84,6 +96,23 @@ def _cells(proofs: Sequence[Proof]) -> list[str]:
         counted("prefix_hit_tokens"),
         f"{sum(proof.outcomes[0].seconds for proof in proofs):.0f}",
     ]
+
+
+def table_of_bits(proofs: Sequence[Proof]) -> str:
+    """Markdown, a line for each family: how many rows did not always have the same bits, in both modes."""
+    lines = [
+        "| family | TP | rows of the same context, compared | of them not always the same: default | deterministic |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        cells = [", ".join(map(str, row.sizes))]
+        for mode in (False, True):
+            seen = merged(proof.bits for proof in proofs if (proof.job.row, proof.job.deterministic) == (name, mode))
+            if not mode:
+                cells.append(str(len(seen)))
+            cells.append(str(unsettled(seen)))
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
 
 
 def wrongs(proofs: Sequence[Proof]) -> list[str]:

@@ -37,7 +37,10 @@ CHECKPOINT_BYTES = 100_000  # a few states of a prefix
 
 @dataclass(frozen=True)
 class Job:
-    """A schedule over one target on `size` ranks. sockets: the ranks talk as those on two hosts do."""
+    """A schedule over one target on `size` ranks. sockets: the ranks talk as those on two hosts do.
+
+    deterministic: as TargetRunner takes it.
+    """
 
     row: str
     directory: Path
@@ -46,10 +49,12 @@ class Job:
     seed: int
     size: int
     sockets: bool = False
+    deterministic: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.row}, {self.size} ranks, texts {self.text_seed}, schedule {self.seed}"
+        mode = ", deterministic" if self.deterministic else ""
+        return f"{self.row}, {self.size} ranks, texts {self.text_seed}, schedule {self.seed}{mode}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Outcome:
 def run(job: Job, rank: int = 0, group: dist.ProcessGroup | None = None) -> Outcome:
     """Every rank of the group calls it with the same job."""
     limits = _limits(job.seed)
-    exchange = mock.patch("modeling.parallel.open_host_exchange", return_value=None)
+    exchange = mock.patch("modeling.ranks.open_host_exchange", return_value=None)
     if job.sockets:
         exchange.start()
     runner = TargetRunner(
@@ -88,6 +93,7 @@ def run(job: Job, rank: int = 0, group: dist.ProcessGroup | None = None) -> Outc
         device="cpu",
         max_context=128,
         checkpoint_bytes=CHECKPOINT_BYTES,
+        deterministic=job.deterministic,
     )
     if job.sockets:
         exchange.stop()

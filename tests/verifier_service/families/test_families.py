@@ -7,23 +7,25 @@ from collections.abc import Mapping
 import pytest
 
 from modeling.target_config import read_target_config
-from tests.verifier_service.families.campaign import Proof, prove, table, wrongs
+from tests.verifier_service.families.bits import merged, unsettled
+from tests.verifier_service.families.campaign import Proof, prove, table, table_of_bits, wrongs
 from tests.verifier_service.families.rows import ROWS
 from tests.verifier_service.families.schedule import asks
 from tests.verifier_service.families.verdict import CLOSE
 from verifier_service.model import touchpoints
 
 SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}  # by ranks; few blocks and small steps among them
+DETERMINISTIC_SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}
 CASES = [(name, size) for name, row in ROWS.items() for size in row.sizes]
 PATIENCE_S = 280.0
 
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int], list[Proof]]:
-    """All rows' schedules, once."""
+    """All rows' schedules, once; the deterministic ones under a size of 0."""
     found: dict[tuple[str, int], list[Proof]] = {}
-    for proof in prove(tmp_path_factory.mktemp("families"), (1,), SEEDS, PATIENCE_S):
-        found.setdefault((proof.job.row, proof.job.size), []).append(proof)
+    for proof in prove(tmp_path_factory.mktemp("families"), (1,), SEEDS, PATIENCE_S, DETERMINISTIC_SEEDS):
+        found.setdefault((proof.job.row, 0 if proof.job.deterministic else proof.job.size), []).append(proof)
     return found
 
 
@@ -74,10 +76,28 @@ def test_the_schedules_preempt_abort_resume_reject_and_find_prefixes(proofs):
         assert any(ask.stops for ask in asked), case
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_in_deterministic_mode_a_tokens_bits_depend_on_neither_schedule_nor_ranks(name, proofs):
+    assert wrongs(proofs[name, 0]) == []
+    bits = merged(proof.bits for proof in proofs[name, 0])
+    assert len(bits) > 100
+    assert unsettled(bits) == 0
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_in_default_mode_they_do(name, proofs):
+    assert unsettled(merged(proof.bits for proof in proofs[name, 1])) > 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3700)
 def test_every_family_stays_exact_over_many_schedules(tmp_path):
     seeds = range(20, 29)
-    proofs = prove(tmp_path, range(10, 14), {1: seeds, 2: seeds, 4: seeds}, timeout_s=3600)
+    schedules = {1: seeds, 2: seeds, 4: seeds}
+    proofs = prove(tmp_path, range(10, 14), schedules, timeout_s=3600, deterministic=schedules)
     print(table(proofs))
+    print(table_of_bits(proofs))
     assert wrongs(proofs) == []
+    for name in ROWS:
+        steady = merged(proof.bits for proof in proofs if proof.job.deterministic and proof.job.row == name)
+        assert unsettled(steady) == 0, name
