@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.contracts import SamplingParams
+from verifier_service.sampling import draw as module
 from verifier_service.sampling.draw import CANDIDATES, Draw
 from verifier_service.sampling.logprobs import logprobs
 from verifier_service.sampling.race import row_keys, uniform
@@ -94,6 +95,30 @@ def test_logits_that_are_not_finite_give_no_token_and_change_no_other_row(bad: f
 @pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 300, "top_p": 0.9}])
 def test_a_step_of_nothing_but_nan_gives_no_token(params: dict):
     assert sample(torch.full((2, 4 * CANDIDATES), torch.nan), [draw(0, 2, **params)]) == [NO_TOKEN] * 2
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 40}, {"top_k": 1000}, {"top_k": 40, "top_p": 0.6}, {"top_k": 9, "min_p": 0.1}]
+)
+def test_where_few_tokens_are_left_they_are_drawn_from_without_a_full_sort(monkeypatch, params: dict):
+    logits = torch.randn(64, 4 * CANDIDATES, generator=torch.Generator().manual_seed(1))
+    left = torch.randperm(4 * CANDIDATES, generator=torch.Generator().manual_seed(2))[:30]
+    masked = torch.full_like(logits, -torch.inf).index_copy(1, left, logits[:, left])
+    sizes: list[int] = []
+
+    def noting(logits, rows, count):
+        sizes.append(count)
+        return candidates(logits, rows, count)
+
+    candidates = module._from_candidates
+    monkeypatch.setattr(module, "_from_candidates", noting)
+    draws = [draw(0, 64, **params)]
+    tokens = sample(masked, draws)
+    assert sizes == [CANDIDATES]
+    assert len(set(tokens)) > 5
+    assert set(tokens) <= set(left.tolist())
+    monkeypatch.setattr(module, "CANDIDATES", 4 * CANDIDATES)
+    assert sample(masked, draws) == tokens
 
 
 def test_a_masked_token_leaves_the_others_as_they_are():

@@ -134,7 +134,8 @@ def _from_candidates(logits: torch.Tensor, rows: _Rows, count: int) -> tuple[tor
     kept = values >= threshold
     least = values[:, -1:]
     # Of a top_k that is not all among the candidates, the norm lacks some: it matters to top_p alone.
-    settled = ((least < threshold) & ((least < kth_value) | ~has_k | ~has_p))[:, 0]
+    # Where a grammar leaves fewer tokens than there are candidates, no other has any mass.
+    settled = ((least == -torch.inf) | ((least < threshold) & ((least < kth_value) | ~has_k | ~has_p)))[:, 0]
     longest = max(1, int(kept.sum(dim=-1).max()))  # of logits that are not finite none may be kept
     values, ids, kept = values[:, :longest], ids[:, :longest], kept[:, :longest]
     winner = race(values, ids, rows.keys).masked_fill_(~kept, -torch.inf).argmax(dim=-1, keepdim=True)
