@@ -27,6 +27,7 @@ from tests.gpu.case import Call, Case, Machine
 from tests.gpu.cases_drafter import drafter_cases
 from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
+from tests.gpu.cases_moe import moe_cases
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -64,6 +65,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     yield from drafter_cases(machine)
     yield from linear_cases(machine)
     yield from latent_cases(machine)
+    yield from moe_cases(machine)
 
 
 def _attention(

@@ -20,6 +20,7 @@ KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk"}
 KERNELS |= {"_product", "_add"}
 KERNELS |= {"_attend_latents", "_append_latents"}
+KERNELS |= {"_route", "_count", "_fill", "_gate_up", "_gate", "_down", "_combine"}
 
 
 def without_interpreter() -> dict[str, str]:

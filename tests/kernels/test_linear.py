@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels.linear import kernel, reference
 from kernels.linear.matrix import Kind, Matrix
+from tests.kernels.products import FORMATS, close, random_matrix, sum_products_in_order
 
 WAYS = pytest.mark.parametrize("way", [reference, kernel], ids=["reference", "kernel"])
-FORMATS: dict[str, tuple[Kind, tuple[int, int], torch.dtype, bool]] = {
-    "fp8": ("e4m3", (128, 128), torch.float32, False),
-    "fp8 small blocks": ("e4m3", (16, 48), torch.float32, False),
-    "int4": ("int4", (1, 32), torch.bfloat16, False),
-    "mxfp4": ("e2m1", (1, 32), torch.float8_e8m0fnu, False),
-    "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn, True),
-}
-
-
-def packed(name: str, *shape: int) -> Matrix:
-    """Codes and scales that are all possible ones, NaN apart."""
-    kind, block, stored, factor = FORMATS[name]
-    *lead, out, width = shape
-    grid = (*lead, -(-out // block[0]), -(-width // block[1]))
-    if kind == "e4m3":
-        codes = (torch.randn(*shape) * 50).to(torch.float8_e4m3fn)
-    else:
-        codes = torch.randint(0, 256, (*lead, out, width // 2), dtype=torch.uint8)
-    scales = torch.rand(grid).add_(0.1) / 8
-    if stored == torch.float8_e8m0fnu:
-        scales = torch.randint(120, 127, grid, dtype=torch.uint8).view(stored)
-    return Matrix(codes, kind, scales.to(stored), block, factor=torch.rand(lead) + 0.5 if factor else None)
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """To a few roundings of the largest numbers: sums of many terms may cancel."""
-    tolerance = (2e-3 if want.dtype == torch.float16 else 2e-6) * float(want.abs().max())
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
 @pytest.fixture
 def exact_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every entry of a product is a sum of its own, in order, as in tensor cores; BLAS rounds by the whole's shape."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        products = a.data.astype(np.float32)[:, :, None] * b.data.astype(np.float32)[None]
-        return TensorHandle(np.add.accumulate(products, axis=1)[:, -1] + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    sum_products_in_order(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -62,13 +27,13 @@ def test_a_plain_product_is_torchs(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_packed_product_is_that_with_the_dequantized_weight(name: str, dtype: torch.dtype):
-    x, weight = torch.randn(3, 320).to(dtype), packed(name, 72, 320)
+    x, weight = torch.randn(3, 320).to(dtype), random_matrix(name, 72, 320)
     close(kernel.linear(x, weight), reference.linear(x, weight))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_part_may_begin_and_end_inside_of_blocks(name: str):
-    x, whole = torch.randn(2, 106), packed(name, 40, 320)
+    x, whole = torch.randn(2, 106), random_matrix(name, 40, 320)
     part = whole.rows(5, 31).columns(22, 128)
     assert torch.equal(part.dense(torch.float32), whole.dense(torch.float32)[5:31, 22:128])
     close(kernel.linear(x, part), reference.linear(x, part))
@@ -92,7 +57,7 @@ def test_every_code_of_four_bits_means_what_the_formats_say(way):
 @pytest.mark.usefixtures("exact_dots")
 @pytest.mark.parametrize("name", ["plain", "fp8", "int4"])
 def test_the_bits_of_a_row_do_not_depend_on_the_batch(name: str):
-    weight = Matrix(torch.randn(64, 64)) if name == "plain" else packed(name, 64, 64)
+    weight = random_matrix(name, 64, 64)
     x = torch.randn(130, 64)
     alone = torch.cat([kernel.linear(x[i : i + 1], weight, sections=2) for i in (0, 15, 129)])
     for rows in (16, 17, 33, 130):
@@ -106,7 +71,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(name: str):
 @pytest.mark.parametrize("name", ["plain", "fp8", "int4", "nvfp4"])
 def test_leaves_give_the_same_bits_for_every_number_of_ranks(way, name: str):
     width, leaves = 384, 8
-    weight = Matrix(torch.randn(40, width)) if name == "plain" else packed(name, 40, width)
+    weight = random_matrix(name, 40, width)
     x, bias = torch.randn(3, width), torch.randn(40)
     totals = []
     for ranks in (1, 2, 4):
