@@ -116,12 +116,12 @@ def row(result: Measured) -> str:
     return f"| {result.name} | {result.kernel:.1f} | {library} | {result.floor:.1f} | {share:.0f}% | {verdict} |"
 
 
-def write(out: Path, results: list[Measured], rate: float) -> None:
+def circumstances(rate: float) -> dict[str, Any]:
+    """Where and with what was measured. rate: the measured copy bandwidth, bytes a second."""
     import triton
 
-    out.mkdir(parents=True, exist_ok=True)
-    where = {
-        "device": torch.cuda.get_device_name(),
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "copy_bandwidth_gb_s": round(rate / 1e9),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -129,6 +129,11 @@ def write(out: Path, results: list[Measured], rate: float) -> None:
         "date": datetime.date.today().isoformat(),
         "command": "tests/gpu/run.sh",
     }
+
+
+def write(out: Path, results: list[Measured], rate: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    where = circumstances(rate)
     table = [
         "# Kernels, measured",
         ", ".join(f"{key} {value}" for key, value in where.items()),

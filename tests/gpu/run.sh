@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check and measure the kernels on this machine's GPU: tests/gpu/run.sh [OUT]   (default build/gpu)
-# PYTHON chooses the interpreter. Exit status: 0 all right, 1 a kernel is wrong, 3 no usable GPU.
+# Check and measure the kernels and the steps made of them on this machine's GPU: tests/gpu/run.sh [OUT]
+# OUT: default build/gpu. PYTHON chooses the interpreter. Exit status: 0 all right, 1 a result is wrong, 3 no usable GPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-}"
@@ -9,4 +9,11 @@ if [ -z "$python" ]; then
   [ -x .venv/bin/python ] && python=.venv/bin/python
 fi
 unset TRITON_INTERPRET
-exec "$python" -m tests.gpu.measure_kernels "${1:-build/gpu}"
+status=0
+for measure in measure_kernels measure_draft; do
+  code=0
+  "$python" -m "tests.gpu.$measure" "${1:-build/gpu}" || code=$?
+  [ "$code" -eq 0 ] || status=$code
+  [ "$code" -ne 3 ] || break
+done
+exit "$status"
