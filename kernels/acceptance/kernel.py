@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.acceptance.reference import check_arguments
+from kernels.acceptance.reference import check_arguments, check_parts
 
 SECTION = 4096  # tokens of one program
 TILE = 1024
@@ -22,6 +22,7 @@ def sample(
     keys: torch.Tensor,
     temperatures: torch.Tensor,
     *,
+    thresholds: torch.Tensor | None = None,
     first_token: int = 0,
     section: int = SECTION,
     tile: int = TILE,
@@ -30,21 +31,34 @@ def sample(
 
     section, tile: tokens of a program and of one of its rounds; they do not change the result.
     """
-    check_arguments(logits, keys, temperatures)
+    check_arguments(logits, keys, temperatures, thresholds)
     rows, vocabulary = logits.shape
     sections = triton.cdiv(vocabulary, section)
     best = torch.empty(rows, sections, dtype=torch.float64, device=logits.device)
     best_id = torch.empty(rows, sections, dtype=torch.int64, device=logits.device)
     _race[(sections, rows)](
-        *(logits, keys, temperatures, best, best_id, vocabulary, first_token, logits.stride(0), sections),
+        *(logits, keys, temperatures, temperatures if thresholds is None else thresholds, best, best_id),
+        *(vocabulary, first_token, logits.stride(0), sections),
+        TRUNCATED=thresholds is not None,
         SECTION=section,
         TILE=tile,
         num_warps=4,
     )
-    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    scores = torch.empty(rows, dtype=torch.float64, device=logits.device)
-    _finish[(rows,)](*(best, best_id, token_ids, scores, sections), BLOCK=triton.next_power_of_2(sections), num_warps=1)
-    return token_ids, scores
+    return join(best_id.t(), best.t())
+
+
+def join(token_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As kernels.acceptance.reference.join. token_ids and scores have the same strides."""
+    check_parts(token_ids, scores)
+    parts, rows = token_ids.shape
+    if token_ids.stride() != scores.stride():
+        token_ids, scores = token_ids.contiguous(), scores.contiguous()
+    joined = torch.empty(rows, dtype=torch.int64, device=scores.device)
+    best = torch.empty(rows, dtype=torch.float64, device=scores.device)
+    _finish[(rows,)](
+        *(scores, token_ids, joined, best, parts, *scores.stride()), BLOCK=triton.next_power_of_2(parts), num_warps=1
+    )
+    return joined, best
 
 
 def accept(
@@ -89,12 +103,14 @@ def _race(
     logits,
     keys,
     temperatures,
+    thresholds,
     best,
     best_id,
     vocabulary,
     first_token,
     logits_row,
     sections,
+    TRUNCATED: tl.constexpr,
     SECTION: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -103,18 +119,24 @@ def _race(
     key = tl.load(keys + row)
     temperature = tl.load(temperatures + row)
     NEVER: tl.constexpr = 9223372036854775807
+    if TRUNCATED:
+        threshold = tl.load(thresholds + row)
     top = tl.full((), float("-inf"), tl.float64)
-    top_id = tl.full((), NEVER, tl.int64)
+    top_id = tl.full((), -1, tl.int64)
     for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TILE):
         at = begin + tl.arange(0, TILE)
         exists = at < vocabulary
         token = at.to(tl.int64) + first_token
-        score = tl.load(logits + row * logits_row + at, mask=exists, other=0.0).to(tl.float64)
+        score = tl.load(logits + row * logits_row + at, mask=exists, other=float("-inf")).to(tl.float64)
+        broken = tl.max(((score != score) | (score == float("inf"))).to(tl.int32), 0) > 0
         if temperature != 0.0:
-            score = score / temperature + _gumbel(key, token)
-        score = tl.where(exists, score, float("-inf"))
-        tile_top = tl.max(score, 0)
-        tile_id = tl.min(tl.where((score == tile_top) & exists, token, NEVER), 0)
+            score = score / temperature
+            if TRUNCATED:
+                score = tl.where(score >= threshold, score, float("-inf"))
+            if tl.max(score, 0) > float("-inf"):  # else there is no noise to make
+                score += _gumbel(key, token)
+        tile_top = tl.where(broken, float("inf"), tl.max(score, 0))
+        tile_id = tl.where(broken, -1, tl.min(tl.where((score == tile_top) & exists, token, NEVER), 0))
         top_id = tl.where(tile_top > top, tile_id, top_id)
         top = tl.maximum(top, tile_top)
     tl.store(best + row * sections + section, top)
@@ -122,13 +144,13 @@ def _race(
 
 
 @triton.jit
-def _finish(best, best_id, token_ids, scores, sections, BLOCK: tl.constexpr):
+def _finish(best, best_id, token_ids, scores, parts, part_stride, row_stride, BLOCK: tl.constexpr):
     NEVER: tl.constexpr = 9223372036854775807
     row = tl.program_id(0).to(tl.int64)
-    section = tl.arange(0, BLOCK)
-    exists = section < sections
-    own = tl.load(best + row * sections + section, mask=exists, other=float("-inf"))
-    own_id = tl.load(best_id + row * sections + section, mask=exists, other=NEVER)
+    part = tl.arange(0, BLOCK)
+    cell = row * row_stride + part * part_stride
+    own = tl.load(best + cell, mask=part < parts, other=float("-inf"))
+    own_id = tl.load(best_id + cell, mask=part < parts, other=NEVER)
     top = tl.max(own, 0)
     tl.store(token_ids + row, tl.min(tl.where(own == top, own_id, NEVER), 0))
     tl.store(scores + row, top)

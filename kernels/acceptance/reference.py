@@ -16,23 +16,45 @@ GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 
 
 
 def sample(
-    logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor, *, first_token: int = 0
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    temperatures: torch.Tensor,
+    *,
+    thresholds: torch.Tensor | None = None,
+    first_token: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids int64 [rows], scores float64 [rows]) of logits float [rows, vocabulary]; equal scores: the lowest id.
 
     keys int64 [rows]: all that a row's noise depends on beside the token id; temperatures float64 [rows], 0 = greedy.
-    The score of a greedy row is its logit. first_token: id of the first column; shards of a vocabulary join by the
-    largest score. Raises ValueError for shapes or dtypes that do not fit.
+    The score of a greedy row is its logit. thresholds float64 [rows], of kernels.truncation: what logit / temperature
+    must be at least; None, and for greedy rows: nothing. first_token: id of the first column; shards of a vocabulary
+    become one by `join`. The token is -1 where the logits hold NaN or +inf (its score is +inf) or nothing above -inf.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_arguments(logits, keys, temperatures)
+    check_arguments(logits, keys, temperatures, thresholds)
     ids = torch.arange(first_token, first_token + logits.shape[1], device=logits.device)
     greedy = temperatures == 0
     scores = logits.double() / temperatures.masked_fill(greedy, 1.0)[:, None]
+    if thresholds is not None:
+        scores = scores.masked_fill(~greedy[:, None] & (scores < thresholds[:, None]), float("-inf"))
     noise = -torch.log(-torch.log(uniform(keys[:, None], ids)))
     scores = torch.where(greedy[:, None], scores, scores + noise)
     best = scores.amax(dim=-1)
     last = first_token + logits.shape[1]
-    return ids.expand_as(scores).masked_fill(scores != best[:, None], last).amin(dim=-1), best
+    token_ids = ids.expand_as(scores).masked_fill(scores != best[:, None], last).amin(dim=-1)
+    broken = (logits.isnan() | logits.isposinf()).any(dim=-1)
+    return token_ids.masked_fill(broken | best.isneginf(), -1), best.masked_fill(broken, float("inf"))
+
+
+def join(token_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row's token from those of its parts: what `sample` gave for shards of a vocabulary, [parts, rows] each.
+
+    The largest score wins, of equal ones the lowest id; returns (token ids, scores), [rows]. As if `sample` had seen
+    the whole vocabulary. Raises ValueError for shapes that differ.
+    """
+    check_parts(token_ids, scores)
+    best = scores.amax(dim=0)
+    return token_ids.masked_fill(scores != best, torch.iinfo(torch.int64).max).amin(dim=0), best
 
 
 def accept(
@@ -74,7 +96,16 @@ def _shift(bits: torch.Tensor, count: int) -> torch.Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def check_arguments(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor) -> None:
+def check_parts(token_ids: torch.Tensor, scores: torch.Tensor) -> None:
+    if token_ids.dim() != 2 or token_ids.shape != scores.shape:
+        raise ValueError(
+            f"token_ids {tuple(token_ids.shape)} and scores {tuple(scores.shape)} must both be [parts, rows]"
+        )
+
+
+def check_arguments(
+    logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor, thresholds: torch.Tensor | None
+) -> None:
     rows = logits.shape[0]
     if logits.dim() != 2 or keys.shape != (rows,) or temperatures.shape != (rows,):
         raise ValueError(
@@ -83,3 +114,5 @@ def check_arguments(logits: torch.Tensor, keys: torch.Tensor, temperatures: torc
         )
     if keys.dtype != torch.int64 or temperatures.dtype != torch.float64:
         raise ValueError(f"keys {keys.dtype} must be int64, temperatures {temperatures.dtype} float64")
+    if thresholds is not None and (thresholds.shape != (rows,) or thresholds.dtype != torch.float64):
+        raise ValueError(f"thresholds {tuple(thresholds.shape)} {thresholds.dtype} must be float64 [{rows}]")

@@ -28,6 +28,7 @@ from tests.gpu.cases_drafter import drafter_cases
 from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
 from tests.gpu.cases_moe import moe_cases
+from tests.gpu.cases_truncation import truncation_cases
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -66,6 +67,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     yield from linear_cases(machine)
     yield from latent_cases(machine)
     yield from moe_cases(machine)
+    yield from truncation_cases(machine)
 
 
 def _attention(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from kernels.acceptance import kernel, reference
 from verifier_service.acceptance import accepted_drafts
 from verifier_service.sampling.race import row_keys, uniform
 
-SMALL = {"section": 64, "tile": 32}
+SMALL: dict[str, Any] = {"section": 64, "tile": 32}
 
 
 def a_race(rows: int = 4, vocabulary: int = 150, dtype: torch.dtype = torch.float32):
@@ -93,3 +95,40 @@ def test_a_block_whose_drafts_all_stand_yields_the_sample_after_the_last():
 def test_keys_of_the_wrong_dtype_are_named():
     with pytest.raises(ValueError, match="must be int64"):
         kernel.sample(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.float64))
+
+
+WAYS = pytest.mark.parametrize("way", [reference, kernel], ids=["reference", "kernel"])
+
+
+@WAYS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_yield_no_token_and_harm_no_other_row(way: Any, temperature: float):
+    logits, keys, _ = a_race(4)
+    want = way.sample(logits, keys, torch.full((4,), temperature, dtype=torch.float64))[0]
+    logits[0, 70], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
+    got = way.sample(logits, keys, torch.full((4,), temperature, dtype=torch.float64))
+    assert got[0].tolist() == [-1, -1, -1, int(want[3])]
+
+
+@WAYS
+def test_a_broken_shard_breaks_the_row_and_an_empty_one_does_not(way: Any):
+    logits, keys, temperatures = a_race(3)
+    want = way.sample(logits, keys, temperatures)[0]
+    logits[0, 100] = float("nan")
+    logits[1:, 80:] = float("-inf")
+    kept = way.sample(logits[1:, :80], keys[1:], temperatures[1:])[0]
+    parts = [way.sample(logits[:, :80], keys, temperatures)]
+    parts += [way.sample(logits[:, 80:], keys, temperatures, first_token=80)]
+    got = way.join(torch.stack([ids for ids, _ in parts]), torch.stack([scores for _, scores in parts]))[0]
+    assert got.tolist() == [-1, *kept.tolist()]
+    assert int(want[0]) >= 0
+
+
+@WAYS
+def test_tokens_below_the_threshold_do_not_take_part(way: Any):
+    logits, keys, temperatures = a_race()
+    thresholds = logits.double().topk(2).values[:, 1] / temperatures
+    got = way.sample(logits, keys, temperatures, thresholds=thresholds)[0]
+    best = logits.topk(2).indices.tolist()
+    assert all(token in own for token, own in zip(got.tolist(), best))
+    assert int(got[2]) == best[2][0], "thresholds are not for greedy rows"
