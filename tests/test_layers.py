@@ -69,6 +69,8 @@ POLICY = (
     "paceline/plan/memory.py",
     "paceline/plan/pool.py",
     "paceline/plan/timing.py",
+    "verifier_service/model/device/buckets.py",
+    "verifier_service/model/kernel_path.py",
     "verifier_service/control.py",
     "verifier_service/acceptance.py",
     "verifier_service/blocks.py",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.tls import Access, TlsFiles
+from modeling.kernel_choice import KernelSetting
 from modeling.kv_dtype import DTYPE_BYTES, KvDtype
 
 DETERMINISTIC_SIZES = (1, 2, 4, 8)
@@ -65,6 +66,9 @@ class VerifierSettings(Strict):
     tensor_parallel_size: int = Field(1, ge=1, le=64)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cuda"
+    kernels: KernelSetting = Field(
+        "auto", description="triton = this repository's kernels, torch = torch's operations; auto = triton on cuda"
+    )
     threads_per_rank: int = Field(1, ge=1, description="torch threads of a rank on CPU")
     deterministic: bool = Field(
         False,

@@ -8,6 +8,7 @@ from cluster.errors import ConfigError
 from modeling.dflash_config import DFlashConfig, DraftCheckpointError
 from modeling.errors import CheckpointError
 from modeling.families import shard_map
+from modeling.kernel_choice import wants_triton
 from modeling.pair import PairError, check_pair
 from modeling.target_config import TargetConfig, read_target_config
 from verifier_service.config import VerifierSettings
@@ -23,6 +24,10 @@ class Fit:
 
 def check_fit(settings: VerifierSettings) -> Fit:
     """Raises ConfigError naming the key, both values and the cure."""
+    try:
+        wants_triton(settings.kernels, settings.device)
+    except ValueError as error:
+        raise ConfigError(f"verifier.{error}") from error
     try:
         target = read_target_config(settings.target)
         shard_map(target, settings.tensor_parallel_size)

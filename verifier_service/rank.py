@@ -19,6 +19,7 @@ from cluster.errors import ConfigError
 from cluster.link.face import VerifierLink
 from cluster.tls import Access
 from modeling.dflash import FeatureFuser
+from modeling.dflash_config import DFlashConfig
 from modeling.target_config import target_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.control import SpeculationControl
@@ -27,6 +28,7 @@ from verifier_service.features import FeatureStore
 from verifier_service.fit import check_fit
 from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.loading_log import log_progress
+from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.runner import TargetRunner
 from verifier_service.packing import PlanChannel
 from verifier_service.port import EnginePort
@@ -113,7 +115,20 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         max_context=settings.max_context,
         deterministic=settings.deterministic,
         progress=log_progress(log) if rank == 0 else None,
+        kernel_path=_kernel_path(settings),
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
+    )
+
+
+def _kernel_path(settings: VerifierSettings) -> KernelPath:
+    if settings.speculation.mode == "none" or settings.drafter is None:
+        return KernelPath(settings.kernels, longest_row=1)
+    drafter = DFlashConfig.load(settings.drafter)
+    return KernelPath(
+        settings.kernels,
+        longest_row=drafter.block_size,
+        max_rows=settings.max_step_tokens,
+        taps=tuple(drafter.target_layer_ids),
     )
 
 

@@ -16,8 +16,15 @@ def rotate_and_append(
     value_cache: torch.Tensor,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    *,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> torch.Tensor:
     """Rotate query and key, write key and value into the cache at `rows`, return the rotated query.
+
+    query_norm, key_norm [head_dim]: weights of an RMSNorm of each head before it turns; for zero-centred checkpoints
+    1 + the stored scale.
 
     query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]; cos, sin [tokens, rotary_dim], both
     halves alike; only the first rotary_dim of head_dim turn. Caches [blocks, block_tokens, kv_heads, head_dim], written
@@ -27,6 +34,8 @@ def rotate_and_append(
     vector is stored divided by it. Raises ValueError for shapes that do not fit.
     """
     check_arguments(query, key, value, cos, sin, rows, key_cache, value_cache, key_scales, value_scales)
+    check_norms(query_norm, key_norm, query.shape[2])
+    query, key = _normed(query, query_norm, norm_eps), _normed(key, key_norm, norm_eps)
     stored = rows >= 0
     at = rows[stored].long()
     block, offset = at // key_cache.shape[1], at % key_cache.shape[1]
@@ -43,6 +52,13 @@ def rotate_and_append(
         stored_as = torch.uint8 if cache.dtype.itemsize == 1 else cache.dtype
         cache.view(stored_as)[block, offset] = vectors.to(cache.dtype).view(stored_as)
     return _rotate(query, cos, sin)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if weight is None:
+        return x
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -87,3 +103,11 @@ def check_arguments(
         )
     if rows.shape != (tokens,):
         raise ValueError(f"rows {tuple(rows.shape)} must be [{tokens}], a cache row for each token")
+
+
+def check_norms(query_norm: torch.Tensor | None, key_norm: torch.Tensor | None, head_dim: int) -> None:
+    if (query_norm is None) != (key_norm is None):
+        raise ValueError("query_norm and key_norm go together: give both or neither")
+    for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if weight is not None and weight.shape != (head_dim,):
+            raise ValueError(f"{name} {tuple(weight.shape)} must be [{head_dim}]")

@@ -151,7 +151,7 @@ def test_a_hybrid_without_room_for_a_checkpoint_hits_nothing_and_says_the_same(t
 
 
 def test_a_hybrid_with_one_checkpoint_says_the_same(talk):
-    one = talk("qwen3_5", True).engine._runner._states.bytes_per_state
+    one = talk("qwen3_5", True).engine._runner._executor._states.bytes_per_state
     own = talk("qwen3_5", True, checkpoint_bytes=one)
     assert conversation(own) == conversation(talk("qwen3_5", prefix_cache=False))
     assert own.hits() > 0

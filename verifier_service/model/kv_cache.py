@@ -106,8 +106,8 @@ class BlockTables:
         self._ids = np.zeros((slots, max_blocks), dtype=np.int64)
         self._count = [0] * slots
 
-    def append(self, slot: int, block: int) -> None:
-        """Raises RuntimeError for a block that does not exist or a slot that is full."""
+    def append(self, slot: int, block: int) -> int:
+        """Returns which of the slot's blocks it is. RuntimeError for one that does not exist or a slot that is full."""
         count = self._count[slot]
         if not 0 <= block < self.blocks or count >= self._ids.shape[1]:
             raise RuntimeError(
@@ -115,16 +115,21 @@ class BlockTables:
             )
         self._ids[slot, count] = block
         self._count[slot] = count + 1
+        return count
 
     def release(self, slot: int) -> None:
         self._count[slot] = 0
 
     def of(self, slot: int, tokens: int) -> np.ndarray:
         """Ids of the blocks that hold the slot's first `tokens` tokens. RuntimeError if it owns fewer."""
+        return self._ids[slot, : self.check(slot, tokens)]
+
+    def check(self, slot: int, tokens: int) -> int:
+        """How many blocks hold the slot's first `tokens` tokens. RuntimeError if it owns fewer."""
         count = -(-tokens // self.block_tokens)
         if count > self._count[slot]:
             raise RuntimeError(
                 f"slot {slot} owns {self._count[slot]} blocks of {self.block_tokens} tokens, but {tokens} tokens were "
                 "planned: the plan must append blocks first"
             )
-        return self._ids[slot, :count]
+        return count

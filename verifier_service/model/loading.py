@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class RankModel:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What every module of one rank is made from."""
 
     weights: RankWeights
@@ -53,74 +54,108 @@ class _Parts:
     forms: Forms
 
 
+@dataclass(frozen=True)
+class MadeLayer:
+    """One decoder layer with its tensors. cached: (kv_heads, head_dim), or (latent, rotary key) if `latent`, of a layer
+    that attends; window: of its attention; recurrent: the layer's Gated DeltaNet.
+    """
+
+    module: nn.Module
+    cached: tuple[int, int] | None = None
+    latent: bool = False
+    window: int | None = None
+    recurrent: RaggedGatedDeltaNet | None = None
+
+
+# (transformers' layer on the meta device, its index, how many recurrent layers came before it, parts) -> the layer
+MakeLayer = Callable[[Any, int, int, Parts], MadeLayer]
+
+
 def load_rank(
-    empty: nn.Module, weights: RankWeights, family: Family, ranks: RankGroup, operations: Operations, forms: Forms
+    empty: nn.Module,
+    weights: RankWeights,
+    family: Family,
+    ranks: RankGroup,
+    operations: Operations,
+    forms: Forms,
+    make_layer: MakeLayer | None = None,
+    make_norm: Callable[[Any, str, Parts], nn.Module] | None = None,
 ) -> RankModel:
     """Fill the meta model, made for `forms`, with this rank's tensors.
 
-    Raises CheckpointError for a missing, extra or misshapen one.
+    make_layer, make_norm: None for transformers' layers over `forms` and `operations`. Raises CheckpointError for a
+    missing, extra or misshapen tensor.
     """
     model: Any = empty
     body = model.model
-    parts = _Parts(weights, family, ranks, operations, forms)
+    parts = Parts(weights, family, ranks, operations, forms)
     embedding = weights.take("embed_tokens.weight", tuple(body.embed_tokens.weight.shape))
-    kv_shapes: dict[int, tuple[int, int]] = {}
-    latent_shapes: dict[int, tuple[int, int]] = {}
-    windows: set[int] = set()
+    made: list[MadeLayer] = []
     recurrent: list[RaggedGatedDeltaNet] = []
     for index, layer in enumerate(body.layers):
-        prefix = f"layers.{index}."
-        if touchpoints.is_moe(layer.mlp):
-            layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", weights, ranks, operations)
-        touchpoints.set_activation(layer.mlp, operations.elementwise)
-        if not touchpoints.is_attention_layer(layer):
-            layer.linear_attn = _delta_net(layer.linear_attn, f"{prefix}linear_attn.", len(recurrent), parts)
-            recurrent.append(layer.linear_attn)
-        elif touchpoints.is_latent_attention(layer.self_attn):
-            layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, parts)
-            shape = layer.self_attn.shape
-            latent_shapes[index] = (shape.latent, shape.rotary)
-        _fill(layer, prefix, parts)
-        if touchpoints.is_attention_layer(layer) and index not in latent_shapes:
-            attention = layer.self_attn
-            if (window := touchpoints.sliding_window(attention)) is not None:
-                windows.add(window)
-            if touchpoints.has_sinks(attention):
-                sinks = weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
-                attention.sinks = nn.Parameter(sinks, requires_grad=False)
-            kv_shapes[index] = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
-            layer.self_attn = forms.around(attention)
-    _fill(body, "", parts)
+        made.append((make_layer or stock_layer)(layer, index, len(recurrent), parts))
+        if (own := made[-1].recurrent) is not None:
+            recurrent.append(own)
+    norm = (make_norm or load_norm)(body.norm, "norm", parts)
     head = VocabularyHead(_head(embedding, weights, ranks), weights.config.vocabulary, ranks, operations)
     weights.finish()
+    cached = [(index, layer.cached, layer.latent) for index, layer in enumerate(made) if layer.cached is not None]
     return RankModel(
         embedding=embedding,
-        layers=tuple(body.layers),
-        norm=body.norm,
+        layers=tuple(layer.module for layer in made),
+        norm=norm,
         head=head,
         rotary=touchpoints.rotary(model, weights.device),
-        kv_shapes=kv_shapes,
-        latent_shapes=latent_shapes,
-        windows=frozenset(windows),
+        kv_shapes={index: shape for index, shape, latent in cached if not latent},
+        latent_shapes={index: shape for index, shape, latent in cached if latent},
+        windows=frozenset(layer.window for layer in made if layer.window is not None),
         recurrent=tuple(recurrent),
     )
 
 
-def _fill(parent: nn.Module, prefix: str, parts: _Parts) -> None:
+def stock_layer(layer: Any, index: int, state_layer: int, parts: Parts) -> MadeLayer:
+    """transformers' decoder layer: its attention function, experts, DeltaNet, linears and norms are ours."""
+    prefix = f"layers.{index}."
+    if touchpoints.is_moe(layer.mlp):
+        layer.mlp = load_moe(layer.mlp, f"{prefix}mlp.", parts.weights, parts.ranks, parts.operations)
+    touchpoints.set_activation(layer.mlp, parts.operations.elementwise)
+    if not touchpoints.is_attention_layer(layer):
+        layer.linear_attn = parts.forms.delta_net(**delta_net_arguments(layer.linear_attn, index, state_layer, parts))
+        _fill(layer, prefix, parts)
+        return MadeLayer(layer, recurrent=layer.linear_attn)
+    if touchpoints.is_latent_attention(layer.self_attn):
+        layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, parts)
+        shape = layer.self_attn.shape
+        _fill(layer, prefix, parts)
+        return MadeLayer(layer, (shape.latent, shape.rotary), latent=True)
+    _fill(layer, prefix, parts)
+    attention = layer.self_attn
+    if touchpoints.has_sinks(attention):
+        attention.sinks = nn.Parameter(load_sinks(attention, prefix, parts), requires_grad=False)
+    layer.self_attn = parts.forms.around(attention)
+    cached = attention.k_proj.out_features // attention.head_dim, attention.head_dim
+    return MadeLayer(layer, cached, window=touchpoints.sliding_window(attention))
+
+
+def load_sinks(attention: Any, prefix: str, parts: Parts) -> torch.Tensor:
+    return parts.weights.take(f"{prefix}self_attn.sinks", tuple(attention.sinks.shape))
+
+
+def _fill(parent: nn.Module, prefix: str, parts: Parts) -> None:
     """Give every linear and norm below `parent` its tensors; swap in parallel linears and fused norms."""
     for name, module in list(parent.named_children()):
         path = f"{prefix}{name}"
         if isinstance(module, (nn.ModuleList, LatentAttention)) or name == "rotary_emb":
             continue
         if isinstance(module, nn.Linear):
-            setattr(parent, name, _linear(module, path, parts))
+            setattr(parent, name, load_linear(module, path, parts))
         elif touchpoints.is_norm(module):
-            setattr(parent, name, _norm(module, path, parts))
+            setattr(parent, name, load_norm(module, path, parts))
         elif not isinstance(module, nn.Embedding):
             _fill(module, f"{path}.", parts)
 
 
-def _linear(module: nn.Linear, path: str, parts: _Parts) -> nn.Module:
+def load_linear(module: nn.Linear, path: str, parts: Parts) -> ColumnParallelLinear | RowParallelLinear:
     weights = parts.weights
     weight = weights.take_matrix(f"{path}.weight", tuple(module.weight.shape))
     bias = None if module.bias is None else weights.take(f"{path}.bias", tuple(module.bias.shape))
@@ -129,17 +164,17 @@ def _linear(module: nn.Linear, path: str, parts: _Parts) -> nn.Module:
     return ColumnParallelLinear(weight, bias, parts.operations)
 
 
-def _norm(module: Any, path: str, parts: _Parts) -> nn.Module:
+def load_norm(module: Any, path: str, parts: Parts) -> nn.Module:
     weight = parts.weights.take(f"{path}.weight", tuple(module.weight.shape))
     return parts.operations.norm(weight, touchpoints.norm_eps(module), parts.family.zero_centered_norms)
 
 
-def _latent_attention(module: Any, prefix: str, layer: int, parts: _Parts) -> LatentAttention:
+def _latent_attention(module: Any, prefix: str, layer: int, parts: Parts) -> LatentAttention:
     def linear(name: str) -> nn.Module:
-        return _linear(getattr(module, name), prefix + name, parts)
+        return load_linear(getattr(module, name), prefix + name, parts)
 
     def norm(name: str) -> nn.Module:
-        return _norm(getattr(module, name), prefix + name, parts)
+        return load_norm(getattr(module, name), prefix + name, parts)
 
     low_rank = module.q_lora_rank is not None
     return parts.forms.latent_attention(
@@ -162,8 +197,9 @@ def _latent_attention(module: Any, prefix: str, layer: int, parts: _Parts) -> La
     )
 
 
-def _delta_net(module: Any, prefix: str, state_layer: int, parts: _Parts) -> RaggedGatedDeltaNet:
-    weights = parts.weights
+def delta_net_arguments(module: Any, index: int, state_layer: int, parts: Parts) -> dict[str, Any]:
+    """What RaggedGatedDeltaNet takes, of transformers' module in layer `index`."""
+    weights, prefix = parts.weights, f"layers.{index}.linear_attn."
 
     def take(name: str) -> torch.Tensor:
         return weights.take(prefix + name, tuple(module.get_parameter(name).shape))
@@ -180,8 +216,8 @@ def _delta_net(module: Any, prefix: str, state_layer: int, parts: _Parts) -> Rag
         qkv, z, b, a = split_by_part(qkvz, ba, module.num_k_heads // parts.ranks.size, module.head_k_dim)
     else:
         qkv, z, b, a = (matrix(f"in_proj_{part}.weight") for part in ("qkv", "z", "b", "a"))
-    return parts.forms.delta_net(
-        DeltaNetWeights(
+    return {
+        "weights": DeltaNetWeights(
             in_proj_qkv=qkv,
             in_proj_z=z,
             in_proj_b=b,
@@ -192,14 +228,14 @@ def _delta_net(module: Any, prefix: str, state_layer: int, parts: _Parts) -> Rag
             norm=take("norm.weight"),
             out_proj=matrix("out_proj.weight"),
         ),
-        state_layer=state_layer,
-        key_dim=module.head_k_dim,
-        value_dim=module.head_v_dim,
-        norm_eps=module.norm.variance_epsilon,
-        chunk_rule=touchpoints.chunk_gated_delta_rule,
-        ranks=parts.ranks,
-        operations=parts.operations,
-    )
+        "state_layer": state_layer,
+        "key_dim": module.head_k_dim,
+        "value_dim": module.head_v_dim,
+        "norm_eps": module.norm.variance_epsilon,
+        "chunk_rule": touchpoints.chunk_gated_delta_rule,
+        "ranks": parts.ranks,
+        "operations": parts.operations,
+    }
 
 
 def _head(embedding: torch.Tensor, weights: RankWeights, ranks: RankGroup) -> Weight:

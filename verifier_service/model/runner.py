@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from modeling.deterministic import DeterministicOperations
 from modeling.families import family_of, shard_map
+from modeling.kernel_choice import wants_triton
 from modeling.kv_dtype import KvDtype
 from modeling.operations import Operations, TorchOperations
 from modeling.ranks import join_ranks
@@ -17,14 +19,14 @@ from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import LoadProgress, RankWeights
 from verifier_service.model import touchpoints
+from verifier_service.model.executor import Executor
 from verifier_service.model.face import ForwardOutput, ModelShape
-from verifier_service.model.forms import DETERMINISTIC, FAST, Forms
+from verifier_service.model.forms import DETERMINISTIC, FAST
+from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
-from verifier_service.model.kv_storage import KvStorage, held_by
-from verifier_service.model.loading import RankModel, load_rank
-from verifier_service.model.recurrent_state import RecurrentStates
-from verifier_service.model.rotary import RotaryTable
-from verifier_service.model.step import StepBuilder
+from verifier_service.model.kv_storage import KvStorage
+from verifier_service.model.loading import load_rank
+from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 
@@ -56,7 +58,9 @@ class TargetRunner:
         deterministic: bool = False,
         taps: Sequence[int] = (),
         progress: Callable[[LoadProgress], None] | None = None,
+        kernel_path: KernelPath = KernelPath(),
     ):
+        over_kernels = not deterministic and wants_triton(kernel_path.kernels, device)
         config = read_target_config(target_dir)
         family = family_of(config)
         shards = shard_map(config, size)
@@ -68,34 +72,40 @@ class TargetRunner:
             operations: Operations = DeterministicOperations(dtype, size) if deterministic else TorchOperations()
             forms = DETERMINISTIC if deterministic else FAST
             empty = touchpoints.empty_model(config, dtype, forms.attention)
-            self._model = load_rank(empty, weights, family, self._ranks, operations, forms)
+            load = partial(load_rank, empty, weights, family, self._ranks, operations, forms)
+            if over_kernels:
+                from verifier_service.model.device.loading import kernel_layer, kernel_norm  # imports triton
+
+                self._model = load(kernel_layer, kernel_norm)
+            else:
+                self._model = load()
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
+        tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
+        make: Callable[..., Executor] = partial(TorchExecutor, replay=forms.replay)
+        if over_kernels:
+            from verifier_service.model.device.executor import KernelExecutor
+
+            make = partial(KernelExecutor, max_verify=kernel_path.rows(num_slots))
         with torch.inference_mode():
-            storage = KvStorage(num_blocks, block_tokens, kv_dtype, dtype, device)
-            caches = storage.layers(self._model.kv_shapes)
-            latents = storage.latents(self._model.latent_shapes)
-            self._states = _states(self._model, forms, num_slots, dtype, device, checkpoint_bytes, num_blocks)
-        self._rotary = RotaryTable(self._model.rotary, dtype, device)
-        self._tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
-        self._builder = StepBuilder(
-            self._tables,
-            caches,
-            latents,
-            self._states,
-            windows=self._model.windows,
-            max_context=limit,
-            dtype=dtype,
-            device=device,
-        )
-        checkpoints = None if self._states is None else self._states.checkpoints
+            self._executor = make(
+                self._model,
+                tables,
+                KvStorage(num_blocks, block_tokens, kv_dtype, dtype, device),
+                first=rank == 0,
+                vocabulary=config.vocabulary,
+                num_slots=num_slots,
+                max_context=limit,
+                checkpoint_bytes=checkpoint_bytes,
+            )
+        checkpoints = self._executor.checkpoints
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
         self._saved = [0] * (checkpoints or 0)  # tokens in each checkpoint
         self.shape = ModelShape(
             vocabulary=config.vocabulary,
             hidden=config.hidden,
             max_context=limit,
-            kv_bytes_per_token=held_by([*caches.values(), *latents.values()]) // (num_blocks * block_tokens),
+            kv_bytes_per_token=self._executor.cache_bytes // (num_blocks * block_tokens),
             checkpoints=checkpoints,
         )
         self._taps: tuple[int, ...] = ()
@@ -115,51 +125,25 @@ class TargetRunner:
 
         Raises RuntimeError for a plan that contradicts the slots' state (a bug of the planner).
         """
-        self._apply(plan)
-        first = self._ranks.rank == 0
-        if not plan.verify and not plan.prefill:
-            return ForwardOutput(self._no_logits() if first else None, None)
-        self._follow(plan)
-        step = self._builder.build(plan)
-        rope = self._rotary.rows(step.positions, step.longest_context)
-        hidden = self._model.embedding.index_select(0, step.token_ids)[None]
-        taps: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self._model.layers):
-            hidden = touchpoints.run_layer(layer, hidden, rope, step)
-            if first and index in self._taps:
-                taps[index] = hidden[0]
-        rows = hidden[0] if step.logit_rows is None else hidden[0].index_select(0, step.logit_rows)
-        logits = self._model.head(self._model.norm(rows)) if len(rows) else self._no_logits()
-        return ForwardOutput(
-            logits=logits if first else None,
-            taps=torch.cat([taps[layer] for layer in self._taps], dim=-1) if taps else None,
-        )
+        self._account(plan)
+        return self._executor.execute(plan, self._taps)
 
-    def _apply(self, plan: StepPlan) -> None:
-        if self._states is not None and (plan.decided or plan.saved):
-            self._states.commit(dict(plan.decided), plan.saved)
+    def _account(self, plan: StepPlan) -> None:
         for slot, kept, checkpoint in plan.saved:
             self._saved[checkpoint] = self._committed[slot] + kept
         for slot, kept in plan.decided:
             self._committed[slot] += kept
         for slot in plan.released:
-            self._tables.release(slot)
             self._committed[slot] = 0
-        for slot, block in plan.new_blocks:
-            self._tables.append(slot, block)
-        if self._states is not None:
-            if plan.restored:
-                self._states.restore(plan.restored)
-                for slot, checkpoint in plan.restored:
-                    self._committed[slot] = self._saved[checkpoint]
-            if plan.verify:
-                self._states.begin_verify([row.slot for row in plan.verify])
+        for slot, checkpoint in plan.restored:
+            self._committed[slot] = self._saved[checkpoint]
+        self._follow(plan)
 
     def _follow(self, plan: StepPlan) -> None:
         """A recurrent state knows one position only: going on from another would be silently wrong."""
         work: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
         for item in work:
-            if item.start and item.start != self._committed[item.slot] and self._states is not None:
+            if item.start and item.start != self._committed[item.slot] and self.shape.checkpoints is not None:
                 raise RuntimeError(
                     f"slot {item.slot} holds the state of {self._committed[item.slot]} tokens, but the plan of step "
                     f"{plan.step} goes on at {item.start}"
@@ -168,34 +152,3 @@ class TargetRunner:
                 self._committed[item.slot] = item.start + len(item.token_ids)
                 if item.checkpoint >= 0:
                     self._saved[item.checkpoint] = self._committed[item.slot]
-
-    def _no_logits(self) -> torch.Tensor:
-        return torch.empty(0, self.shape.vocabulary, device=self._model.embedding.device)
-
-
-def _states(
-    model: RankModel,
-    forms: Forms,
-    slots: int,
-    dtype: torch.dtype,
-    device: str,
-    checkpoint_bytes: int,
-    max_checkpoints: int,
-) -> RecurrentStates | None:
-    if not model.recurrent:
-        return None
-    layer = model.recurrent[0]
-    return RecurrentStates(
-        len(model.recurrent),
-        slots,
-        window=layer.kernel - 1,
-        channels=layer.channels,
-        heads=layer.heads,
-        key_dim=layer.key_dim,
-        value_dim=layer.value_dim,
-        dtype=dtype,
-        device=device,
-        checkpoint_bytes=checkpoint_bytes,
-        max_checkpoints=max_checkpoints,
-        replay=forms.replay,
-    )

@@ -113,6 +113,25 @@ def set_activation(mlp: Any, wrapped: Callable[[Callable], Callable]) -> None:
         mlp.act_fn = wrapped(mlp.act_fn)
 
 
+def has_output_gate(attention: Any) -> bool:
+    """Whether each query head's projection is followed by that of a gate for its output."""
+    return attention.q_proj.out_features == 2 * attention.o_proj.in_features
+
+
+def has_head_norms(attention: nn.Module) -> bool:
+    return hasattr(attention, "q_norm")
+
+
+def is_plain_silu_mlp(mlp: Any) -> bool:
+    """down(silu(gate) up), without biases."""
+    return mlp.config.hidden_act == "silu" and mlp.gate_proj.bias is None
+
+
+def gives_half_of_rotary(rotary: nn.Module) -> bool:
+    """gpt-oss's cosines and sines are those of one half of the rotary dimensions; the other half's are the same."""
+    return type(rotary).__name__.startswith("GptOss")
+
+
 def has_interleaved_projections(delta_net: nn.Module) -> bool:
     return hasattr(delta_net, "in_proj_qkvz")
 

@@ -105,9 +105,9 @@ def test_the_cheaper_way_to_attend_is_taken(rows, context):
 def test_a_tokens_cache_is_its_latent_and_rotary_key(target):
     runner = make_runner(target[0], num_blocks=10)
     assert runner.shape.kv_bytes_per_token == CACHED * 4
-    held = sum(cache.nbytes for cache in runner._builder.latents.values())
+    held = sum(cache.nbytes for cache in runner._executor._builder.latents.values())
     assert held == 10 * BLOCK_TOKENS * runner.shape.kv_bytes_per_token
-    assert not runner._builder.caches
+    assert not runner._executor._builder.caches
 
 
 def test_positions_far_beyond_the_original_context_have_the_stock_forwards_logits(target, tmp_path):

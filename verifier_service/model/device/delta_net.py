@@ -1,0 +1,60 @@
+"""Gated DeltaNet over kernels: a verify's rows as they lie in the step, its commit by the states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.gated_delta.kernel import gated_delta_verify
+from kernels.short_conv.kernel import short_conv_verify
+from verifier_service.model.delta_rule import unit
+from verifier_service.model.device.states import KernelStates
+from verifier_service.model.device.step import DeviceStep, VerifyRows
+from verifier_service.model.gated_delta_net import RaggedGatedDeltaNet
+
+
+class KernelGatedDeltaNet(RaggedGatedDeltaNet):
+    """As RaggedGatedDeltaNet, but that every verify is kept for the next commit, one of single tokens too.
+
+    Prefill chunks run through the chunk rule, one by one.
+    """
+
+    def forward(self, x: torch.Tensor, step: DeviceStep, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        """[tokens, hidden] -> the same, summed over ranks."""
+        assert step.states is not None, "a hybrid model needs recurrent states"
+        width = self.heads * self.value_dim
+        mixed, gate, b, a = self.in_proj(x).split([self.channels, width, self.heads, self.heads], dim=-1)
+        beta = torch.sigmoid(b.float())
+        log_decay = F.softplus(a.float() + self.dt_bias).mul_(self.negative_rate)
+        outputs = []
+        if step.verify is not None:
+            own = slice(step.verify.tokens)
+            outputs.append(self._verify(step.states, step.verify, mixed[own], log_decay[own], beta[own]))
+        for part in step.prefill:
+            own = slice(part.first, part.stop)
+            outputs.append(self._prefill(step.states, part, mixed[own], log_decay[own], beta[own]))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
+        output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
+        output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
+        return self.total(self.out_proj(output), self.ranks)
+
+    def _verify(
+        self,
+        states: KernelStates,
+        rows: VerifyRows,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        layer = self.state_layer
+        convolved = short_conv_verify(mixed, self.conv, states.conv[layer], rows.slots, rows.starts).float()
+        keys = 2 * self.key_heads * self.key_dim
+        both = unit(convolved[:, :keys].unflatten(-1, (2, self.key_heads, self.key_dim)))
+        both[:, 0] *= self.key_dim**-0.5
+        query, key = both.unbind(1)  # [tokens, key_heads, key_dim]
+        value = convolved[:, keys:].unflatten(-1, (self.heads, self.value_dim))
+        done = gated_delta_verify(query, key, value, log_decay, beta, states.memory[layer], rows.slots, rows.starts)
+        states.keep_tokens(layer, mixed, key, done.decay, done.corrected)
+        return done.output

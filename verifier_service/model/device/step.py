@@ -1,0 +1,64 @@
+"""What the layers of one forward share on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.paged_attention.batch import PagedBatch
+from verifier_service.model.device.states import KernelStates
+from verifier_service.model.kv_cache import KeyValueCache, LayerCache
+from verifier_service.model.kv_storage import CastVectors, ScaledVectors, StoredLayerCache, Vectors
+from verifier_service.model.step import PrefillPart
+
+
+@dataclass(frozen=True)
+class CacheTensors:
+    """One layer's keys and values as kernels take them: [blocks, block_tokens, kv_heads, head_dim]; scales
+    [blocks, block_tokens, kv_heads] of an e4m3 cache, None of others.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VerifyRows:
+    """The step's first `tokens` tokens, padding included. slots int32 [rows], starts int32 [rows + 1]."""
+
+    tokens: int
+    slots: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; caches by layer."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cache_rows: torch.Tensor
+    batch: PagedBatch
+    caches: dict[int, CacheTensors]
+    states: KernelStates | None
+    verify: VerifyRows | None
+    prefill: tuple[PrefillPart, ...]
+
+
+def cache_tensors(cache: KeyValueCache) -> CacheTensors:
+    """The tensors that a cache of any dtype keeps."""
+    if isinstance(cache, LayerCache):
+        return CacheTensors(cache.keys, cache.values)
+    assert isinstance(cache, StoredLayerCache), f"no kernel reads a {type(cache).__name__}"
+    (keys, key_scales), (values, value_scales) = _stored(cache.keys), _stored(cache.values)
+    return CacheTensors(keys, values, key_scales, value_scales)
+
+
+def _stored(vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(vectors, ScaledVectors):
+        return vectors.codes.view(torch.float8_e4m3fn), vectors.scales
+    assert isinstance(vectors, CastVectors), f"no kernel reads {type(vectors).__name__}"
+    return vectors.stored, None

@@ -1,0 +1,19 @@
+"""What computes a plan on one rank, behind the runner's bookkeeping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from verifier_service.model.face import ForwardOutput
+from verifier_service.plan import StepPlan
+
+
+class Executor(Protocol):
+    """Holds caches and states. checkpoints: of recurrent state, None for a target without."""
+
+    checkpoints: int | None
+    cache_bytes: int  # of keys, values and latents
+
+    def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
+        """All that a plan says, in its order. taps: layers whose outputs are returned, on rank 0."""
