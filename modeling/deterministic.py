@@ -17,6 +17,7 @@ from modeling.norms import FusedRMSNorm
 from modeling.operations import Elementwise
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
+from modeling.routing import Route
 from modeling.tiles import LEAVES, TiledProduct, leaves_of, tree_sum
 
 
@@ -67,6 +68,9 @@ class DeterministicOperations:
 
     def gate(self, gate: Gate) -> Gate:
         return FullVectorGate(gate)
+
+    def route(self, route: Route) -> Route:
+        return route
 
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         branch = tree_sum(partial)

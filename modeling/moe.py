@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +12,7 @@ from modeling.gates import silu_gate
 from modeling.operations import Operations
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
-
-# float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]
-Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from modeling.routing import Route
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class SparseMoe(nn.Module):
         self.shared_gate_up = None if shared is None else operations.linear(shared.gate_up)
         self.shared_down = None if shared is None else operations.partial_linear(shared.down)
         self.gate, self.sigmoid = operations.gate(silu_gate), operations.elementwise(torch.sigmoid)
-        self.route, self.ranks, self.total = route, ranks, operations.total
+        self.route, self.ranks, self.total = operations.route(route), ranks, operations.total
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> the same shape, summed over ranks."""

@@ -17,6 +17,7 @@ from modeling.gates import Gate, silu_gate
 from modeling.norms import FusedRMSNorm
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
+from modeling.routing import Route
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -46,6 +47,9 @@ class Operations(Protocol):
     def gate(self, gate: Gate) -> Gate:
         """Likewise of a gate."""
 
+    def route(self, route: Route) -> Route:
+        """Likewise of a choice of experts."""
+
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         """The sum over ranks [tokens, out], the same to the last bit on every rank; may overwrite `partial`."""
 
@@ -70,6 +74,9 @@ class TorchOperations:
 
     def gate(self, gate: Gate) -> Gate:
         return gate
+
+    def route(self, route: Route) -> Route:
+        return route
 
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         return ranks.sum_(partial)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+# float32 logits [tokens, experts] -> weights and chosen experts, both [tokens, top_k]
+Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class SoftmaxTopK:

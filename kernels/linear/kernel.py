@@ -48,7 +48,7 @@ def linear(
 def linear_leaves(x: Tensor, weight: Matrix, leaves: int) -> Tensor:
     """As kernels.linear.reference; tiles follow from a leaf's length, not from how many a rank holds."""
     check_arguments(x, weight, None)
-    check_leaves(weight.shape[-1], leaves)
+    check_leaves(weight, leaves)
     partials = torch.empty(leaves, x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     _multiply(x, weight, None, partials, leaves)
     return partials

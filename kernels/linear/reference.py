@@ -30,7 +30,7 @@ def linear_leaves(x: Tensor, weight: Matrix, leaves: int) -> Tensor:
     A leaf's bits are those of a rank that holds nothing else. Raises ValueError if the input has no such parts.
     """
     check_arguments(x, weight, None)
-    check_leaves(weight.shape[-1], leaves)
+    check_leaves(weight, leaves)
     dense = weight.dense(x.dtype).float()
     parts = zip(x.float().chunk(leaves, dim=1), dense.chunk(leaves, dim=1), strict=True)
     return torch.stack([part @ own.t() for part, own in parts])
@@ -53,8 +53,9 @@ def check_arguments(x: Tensor, weight: Matrix, bias: Tensor | None) -> None:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit a weight {weight.shape}")
 
 
-def check_leaves(width: int, leaves: int) -> None:
-    if leaves < 1 or leaves & (leaves - 1) or width % leaves:
+def check_leaves(weight: Matrix, leaves: int) -> None:
+    width = weight.shape[-1]
+    if leaves < 1 or leaves & (leaves - 1) or width % (leaves * weight.to_byte):
         raise ValueError(f"{leaves} leaves: a power of two that divides the input's {width} columns is wanted")
 
 

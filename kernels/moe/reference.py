@@ -116,7 +116,7 @@ def check_down(inner: Tensor, weight: Matrix, leaves: int | None) -> None:
         raise ValueError(
             f"inner {tuple(inner.shape)} must be [pairs, width] and the weight {weight.shape} [experts, hidden, width]"
         )
-    check_leaves(weight.shape[2], leaves or 1)
+    check_leaves(weight, leaves or 1)
 
 
 def _held(tiles: TileMap) -> list[tuple[int, Tensor]]:

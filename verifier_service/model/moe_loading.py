@@ -9,11 +9,11 @@ from torch import nn
 
 from modeling.experts import Experts, ExpertWeights
 from modeling.gates import ClampedGate
-from modeling.moe import Route, SharedExpert, SparseMoe
+from modeling.moe import SharedExpert, SparseMoe
 from modeling.operations import Operations
 from modeling.quantized.packed import BlockPacked, Weight, stacked_rows
 from modeling.ranks import RankGroup
-from modeling.routing import SigmoidTopK, SoftmaxTopK
+from modeling.routing import Route, SigmoidTopK, SoftmaxTopK
 from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 
