@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gating import gated
 from kernels.linear.kernel import tree_sum
 from kernels.linear.matrix import Matrix
 from kernels.linear.tile import OUT_TILE, add_product, row_tile, weight_tile
@@ -282,7 +283,7 @@ def _gate_up(
             own = bias + expert * (2 * OUT) + at
             gate += tl.load(own, mask=at < OUT, other=0.0).to(tl.float32)[:, None]
             up += tl.load(own + OUT, mask=at < OUT, other=0.0).to(tl.float32)[:, None]
-        inner = _gated(gate, up, alpha, limit, CLAMP)
+        inner = gated(gate, up, alpha, limit, CLAMP)
         place = target + pair.to(tl.int64)[None, :] * OUT + at[:, None]
         tl.store(place, inner.to(target.dtype.element_ty), mask=exists)
     else:
@@ -321,19 +322,8 @@ def _gate(
         own = bias + expert * (2 * WIDTH) + at
         gate += tl.load(own, mask=exists, other=0.0).to(tl.float32)
         up += tl.load(own + WIDTH, mask=exists, other=0.0).to(tl.float32)
-    gated = _gated(gate, up, alpha, limit, CLAMP)
-    tl.store(inner + pair * WIDTH + at, gated.to(inner.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _gated(gate, up, alpha, limit, CLAMP: tl.constexpr):
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-        gated = gate / (1.0 + tl.exp(-alpha * gate)) * up
-    else:
-        gated = gate / (1.0 + tl.exp(-gate)) * up
-    return gated
+    result = gated(gate, up, alpha, limit, CLAMP)
+    tl.store(inner + pair * WIDTH + at, result.to(inner.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["pairs"])

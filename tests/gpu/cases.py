@@ -25,6 +25,7 @@ from kernels.short_conv import kernel as short_conv
 from kernels.short_conv import reference as short_conv_reference
 from tests.gpu.case import Call, Case, Machine
 from tests.gpu.cases_drafter import drafter_cases
+from tests.gpu.cases_gates import gate_cases
 from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
 from tests.gpu.cases_moe import moe_cases
@@ -66,6 +67,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     yield from drafter_cases(machine)
     yield from linear_cases(machine)
     yield from latent_cases(machine)
+    yield from gate_cases(machine)
     yield from moe_cases(machine)
     yield from truncation_cases(machine)
 

@@ -1,0 +1,1 @@
+"""The gate between the two products of an MLP."""

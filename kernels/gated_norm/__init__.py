@@ -1,0 +1,1 @@
+"""The gated RMSNorm behind a delta rule."""
