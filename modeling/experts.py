@@ -78,7 +78,11 @@ class GroupedExperts:
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         pairs = chosen.view(-1)
         order = torch.argsort(pairs)
-        ends = torch.cumsum(torch.bincount(pairs, minlength=len(self.gate_up)), 0, dtype=torch.int32)
+        counts = torch.zeros(
+            len(self.gate_up), dtype=torch.int32, device=x.device
+        )  # bincount would wait for the device
+        counts.index_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
         rows = _grouped(x[order // chosen.shape[1]], self.gate_up, ends)  # [pairs, 2 x width], grouped by expert
         if self.gate_up_bias is not None:
             rows = rows.add_(self.gate_up_bias[pairs[order]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from verifier_service.model.face import ForwardOutput
@@ -10,10 +10,13 @@ from verifier_service.plan import StepPlan
 
 
 class Executor(Protocol):
-    """Holds caches and states. checkpoints: of recurrent state, None for a target without."""
+    """Holds caches and states. checkpoints: of recurrent state, None for a target without; cache_bytes: of keys, values
+    and latents; counters: since the start, see face.Runner.
+    """
 
     checkpoints: int | None
-    cache_bytes: int  # of keys, values and latents
+    cache_bytes: int
+    counters: Mapping[str, float]
 
     def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
         """All that a plan says, in its order. taps: layers whose outputs are returned, on rank 0."""

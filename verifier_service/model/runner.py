@@ -86,7 +86,7 @@ class TargetRunner:
         if over_kernels:
             from verifier_service.model.device.executor import KernelExecutor
 
-            make = partial(KernelExecutor, max_verify=kernel_path.rows(num_slots))
+            make = partial(KernelExecutor, path=kernel_path)
         with torch.inference_mode():
             self._executor = make(
                 self._model,
@@ -118,6 +118,10 @@ class TargetRunner:
         if wrong:
             raise ValueError(f"tap layers {wrong} do not exist: the target has layers 0..{layers - 1}")
         self._taps = tuple(layer_ids)
+
+    def counters(self) -> dict[str, float]:
+        """As face.Runner has it."""
+        return {**self._executor.counters}
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> ForwardOutput:

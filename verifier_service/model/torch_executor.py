@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class TorchExecutor:
         checkpoint_bytes: int,
         replay: Replay,
     ):
+        self.counters: Mapping[str, float] = {}
         self._model, self._tables, self._first, self._vocabulary = model, tables, first, vocabulary
         caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
         self._states = _states(model, storage, num_slots, checkpoint_bytes, replay)

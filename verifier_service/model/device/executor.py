@@ -1,23 +1,27 @@
-"""Executes plans over kernels: one copy to the device a step, and launches that wait for nothing."""
+"""Executes plans over kernels: one copy to the device a step, and launches that wait for nothing.
+
+A step of verify rows alone is padded to a bucket, for which there is a CUDA graph; one with prefill chunks runs launch
+by launch, in its own size.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
 
 import torch
 
-from kernels.paged_attention.batch import PagedBatch
-from kernels.step_inputs.kernel import step_inputs
+from verifier_service.model.device.attention import SECTION
+from verifier_service.model.device.buckets import Bucket, Buckets, buckets
+from verifier_service.model.device.forward import Hidden, KernelForward, Work
+from verifier_service.model.device.graphs import StepGraphs
 from verifier_service.model.device.inputs import InputWriter, StepInputs
-from verifier_service.model.device.layer import KernelLayer
-from verifier_service.model.device.layout import FixedInputs
-from verifier_service.model.device.norm import KernelNorm
+from verifier_service.model.device.layout import ChangingLayout, FixedLayout
 from verifier_service.model.device.rotary import whole_rotary
 from verifier_service.model.device.states import KernelStates
-from verifier_service.model.device.step import DeviceStep, VerifyRows, cache_tensors
+from verifier_service.model.device.step import cache_tensors
 from verifier_service.model.face import ForwardOutput
+from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
 from verifier_service.model.kv_storage import KvStorage, held_by
 from verifier_service.model.loading import RankModel
@@ -25,21 +29,13 @@ from verifier_service.model.step import PrefillPart
 from verifier_service.model.torch_executor import state_shape
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
-
-@dataclass(frozen=True)
-class Computed:
-    """What a forward leaves on the device. logits float32 [rows, vocabulary], taps [tokens, taps x hidden], both with
-    rows of padding at the end; None on ranks other than 0, and taps if there are none.
-    """
-
-    logits: torch.Tensor | None
-    taps: torch.Tensor | None
+SPARE_WORDS = 4096  # of a graph's inputs, for what changes every step; a step that needs more runs launch by launch
 
 
 class KernelExecutor:
     """Implements executor.Executor over a model of KernelLayers. first: whether this is rank 0.
 
-    max_verify: tokens of a step's verify rows, at most.
+    What a step returns is its own: later steps leave it alone.
     """
 
     def __init__(
@@ -53,41 +49,82 @@ class KernelExecutor:
         num_slots: int,
         max_context: int,
         checkpoint_bytes: int,
-        max_verify: int,
+        path: KernelPath,
     ):
-        self._model, self._first, self._vocabulary = model, first, vocabulary
-        self._layers = cast(tuple[KernelLayer, ...], model.layers)
-        self._norm = cast(KernelNorm, model.norm)
-        self._max_context, self._block_tokens = max_context, storage.block_tokens
+        self._head, self._first, self._vocabulary = model.head, first, vocabulary
         self._device = torch.device(storage.device)
         caches = storage.layers(model.kv_shapes)
-        self._caches = {layer: cache_tensors(cache) for layer, cache in caches.items()}
         self.cache_bytes = held_by(caches.values())
-        self._states = _states(model, storage, num_slots, checkpoint_bytes, max_verify)
+        most = path.rows(num_slots)
+        self._states = _states(model, storage, num_slots, checkpoint_bytes, most)
         self.checkpoints = None if self._states is None else self._states.checkpoints
-        self._cos, self._sin = whole_rotary(model.rotary, max_context, storage.dtype, self._device)
         max_blocks = -(-max_context // storage.block_tokens)
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._taken = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._writer = InputWriter(tables, max_blocks, self._device)
+        self._forward = KernelForward(
+            model,
+            {layer: cache_tensors(cache) for layer, cache in caches.items()},
+            self._states,
+            self._tables,
+            whole_rotary(model.rotary, max_context, storage.dtype, self._device),
+            storage.block_tokens,
+        )
+        self.counters = Counter(rows=0, padding_rows=0, eager_steps=0, graph_failures=0)
+
+        # Static: CUDA graphs know these by their addresses.
+        found = buckets(num_slots, path.longest_row, most, max_context, SECTION) if path.graphs else []
+        self._buckets = Buckets(found)
+        words = max((FixedLayout(bucket.requests, bucket.rows).words for bucket in found), default=0)
+        self._inputs = torch.zeros(words + SPARE_WORDS, dtype=torch.int32, device=self._device)
+        self._taken = torch.zeros(most + num_slots, dtype=torch.int64, device=self._device)
+        self._taps = path.taps if first else ()
+        self._hidden = self._hidden_for(model, most)
+        self._graphs = StepGraphs(self._run_bucket, self._device)
+        self._graphs.capture_all(found)
 
     def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
-        fixed, changing = self._writer.layouts(plan, None)
-        inputs = self._writer.write(plan, fixed, changing)
-        self._settle(plan, inputs)
-        if not plan.verify and not plan.prefill:
-            return ForwardOutput(self._no_logits() if self._first else None, None)
         work: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
-        longest = max(item.start + len(item.token_ids) for item in work)
-        computed = self._compute(
-            inputs.fixed,
-            len(plan.verify),
-            _prefill_parts(plan),
-            longest,
-            taps,
-            inputs.changing.logit_rows if plan.prefill else None,
-        )
-        return ForwardOutput(computed.logits, computed.taps)
+        rows = sum(len(item.token_ids) for item in work)
+        longest = max((item.start + len(item.token_ids) for item in work), default=0)
+        changing = self._writer.changing(plan)
+        bucket = None if plan.prefill else self._buckets.smallest(len(work), rows, longest)
+        if not work:
+            self._settle(plan, self._writer.write(plan, FixedLayout(0, 0), changing))
+            return ForwardOutput(self._no_logits() if self._first else None, None)
+        if bucket is not None and changing.words <= SPARE_WORDS:
+            hidden = self._in_bucket(plan, bucket, changing, rows, taps)
+        else:
+            self.counters["eager_steps"] += 1
+            inputs = self._writer.write(plan, FixedLayout(len(work), rows), changing)
+            self._settle(plan, inputs)
+            logit_rows = inputs.changing.logit_rows if plan.prefill else None
+            asked = Work(len(plan.verify), longest, _prefill_parts(plan), logit_rows)
+            hidden = self._forward.run(inputs.fixed, self._taken, asked, taps if self._first else ())
+        logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
+        return ForwardOutput(logits if self._first else None, hidden.taps)
+
+    def _in_bucket(
+        self, plan: StepPlan, bucket: Bucket, changing: ChangingLayout, rows: int, taps: Sequence[int]
+    ) -> Hidden:
+        if self._first and taps and tuple(taps) != self._taps:
+            self._taps = tuple(taps)
+            self._hidden = self._hidden_of(self._hidden.normed)
+            self._graphs.forget()
+        self._settle(plan, self._writer.write(plan, FixedLayout(bucket.requests, bucket.rows), changing, self._inputs))
+        self._graphs.run(bucket)
+        self.counters["rows"] += rows
+        self.counters["padding_rows"] += bucket.rows - rows
+        self.counters["graph_failures"] = self._graphs.failures
+        kept = self._hidden.taps
+        return Hidden(self._hidden.normed[:rows], kept[:rows].clone() if kept is not None and taps else None)
+
+    def _run_bucket(self, bucket: Bucket) -> None:
+        """From the static inputs to the static outputs."""
+        fixed = FixedLayout(bucket.requests, bucket.rows).of(self._inputs)
+        made = self._forward.run(fixed, self._taken, Work(bucket.requests, bucket.context), self._taps)
+        self._hidden.normed[: bucket.rows].copy_(made.normed)
+        if made.taps is not None and self._hidden.taps is not None:
+            self._hidden.taps[: bucket.rows].copy_(made.taps)
 
     def _settle(self, plan: StepPlan, inputs: StepInputs) -> None:
         """What happens before the forward: commits, checkpoints, block tables."""
@@ -98,54 +135,12 @@ class KernelExecutor:
         if self._states is not None and plan.restored:
             self._states.restore(plan.restored)
 
-    def _compute(
-        self,
-        inputs: FixedInputs[torch.Tensor],
-        verify: int,
-        prefill: tuple[PrefillPart, ...],
-        longest: int,
-        taps: Sequence[int],
-        logit_rows: torch.Tensor | None,
-    ) -> Computed:
-        """verify: how many of the requests, at the front, are verify rows. longest: no token lies at or past it.
+    def _hidden_for(self, model: RankModel, rows: int) -> Hidden:
+        return self._hidden_of(model.embedding.new_zeros(rows, model.embedding.shape[1]))
 
-        logit_rows: None for all of them.
-        """
-        starts = inputs.query_starts
-        places = step_inputs(
-            *(inputs.token_ids, inputs.starts, starts, inputs.slots, self._tables, self._taken),
-            block_tokens=self._block_tokens,
-        )
-        batch = PagedBatch(self._tables.index_select(0, inputs.slots), starts, places.context_lengths, longest)
-        tokens = prefill[0].first if prefill else len(places.token_ids)
-        step = DeviceStep(
-            cos=self._cos.index_select(0, places.positions),
-            sin=self._sin.index_select(0, places.positions),
-            cache_rows=places.cache_rows,
-            batch=batch,
-            caches=self._caches,
-            states=self._states,
-            verify=VerifyRows(tokens, inputs.slots[:verify], starts[: verify + 1]) if verify else None,
-            prefill=prefill,
-        )
-        output, residual = self._model.embedding.index_select(0, places.token_ids), None
-        tapped: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self._layers):
-            normed, residual = layer.input_norm(output, residual)
-            tapped[index - 1] = residual
-            output, residual = layer(normed, residual, step)
-        assert residual is not None, "a model has layers"
-        last = len(self._layers) - 1
-        if logit_rows is not None and last not in taps:
-            output, residual = output.index_select(0, logit_rows), residual.index_select(0, logit_rows)
-        normed, tapped[last] = self._norm(output, residual)
-        if logit_rows is not None and last in taps:
-            normed = normed.index_select(0, logit_rows)
-        logits = self._model.head(normed) if len(normed) else self._no_logits()
-        return Computed(
-            logits=logits if self._first else None,
-            taps=torch.cat([tapped[layer] for layer in taps], dim=-1) if self._first and taps else None,
-        )
+    def _hidden_of(self, normed: torch.Tensor) -> Hidden:
+        taps = normed.new_zeros(len(normed), len(self._taps) * normed.shape[1]) if self._taps else None
+        return Hidden(normed, taps)
 
     def _no_logits(self) -> torch.Tensor:
         return torch.empty(0, self._vocabulary, device=self._device)

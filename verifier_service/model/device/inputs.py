@@ -31,17 +31,16 @@ class InputWriter:
         self._tables, self._max_blocks, self._device = tables, max_blocks, device
         self._first: dict[int, int] = {}  # by slot, of the last step's verify rows
 
-    def layouts(self, plan: StepPlan, fixed: FixedLayout | None) -> tuple[FixedLayout, ChangingLayout]:
-        """fixed: of a bucket; None: as the step is."""
-        work = _work(plan)
-        if fixed is None:
-            fixed = FixedLayout(len(work), sum(len(item.token_ids) for item in work))
-        completed = [chunk for chunk in plan.prefill if chunk.completes_prompt]
-        wanted = sum(len(row.token_ids) for row in plan.verify) + len(completed) if plan.prefill else 0
-        commits = sum(slot in self._first for slot, _ in plan.decided)
+    def changing(self, plan: StepPlan) -> ChangingLayout:
+        completed = sum(chunk.completes_prompt for chunk in plan.prefill)
         replays = sum(self._replays(slot, kept) for slot, kept, _ in plan.saved)
-        copies = len(plan.saved) - replays
-        return fixed, ChangingLayout(wanted, len(plan.new_blocks), commits, replays, copies)
+        return ChangingLayout(
+            wanted=sum(len(row.token_ids) for row in plan.verify) + completed if plan.prefill else 0,
+            moves=len(plan.new_blocks),
+            commits=sum(slot in self._first for slot, _ in plan.decided),
+            replays=replays,
+            copies=len(plan.saved) - replays,
+        )
 
     def _replays(self, slot: int, kept: int) -> bool:
         """Whether a checkpoint is of a state inside the step before, or of the one that is there after its commit."""
