@@ -54,11 +54,17 @@ class SparseMoe(nn.Module):
         self.gate, self.sigmoid = operations.gate(silu_gate), operations.elementwise(torch.sigmoid)
         self.route, self.ranks, self.total = operations.route(route), ranks, operations.total
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] -> the same shape, summed over ranks."""
+    def forward(self, hidden: torch.Tensor, live: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., hidden] -> the same shape, summed over ranks.
+
+        live: bool [tokens]; the others are padding, for which no expert's weights need to be read. Only for experts
+        that know a choice of -1.
+        """
         x = hidden.view(-1, hidden.shape[-1])
         scores = self.router(x.to(self.router_dtype))
         weights, chosen = self.route(scores[:, : self.count].float())
+        if live is not None:
+            chosen = chosen.masked_fill(~live[:, None], -1)
         total = self.experts(x, weights.to(x.dtype), chosen)
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = self.shared_down(self.gate(self.shared_gate_up(x)))

@@ -11,12 +11,15 @@ from verifier_service.plan import StepPlan
 
 class Executor(Protocol):
     """Holds caches and states. checkpoints: of recurrent state, None for a target without; cache_bytes: of keys, values
-    and latents; counters: since the start, see face.Runner.
+    and latents.
     """
 
     checkpoints: int | None
     cache_bytes: int
-    counters: Mapping[str, float]
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """Since the start: see face.Runner."""
 
     def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
         """All that a plan says, in its order. taps: layers whose outputs are returned, on rank 0."""

@@ -13,7 +13,7 @@ from modeling.deterministic import DeterministicOperations
 from modeling.families import family_of, shard_map
 from modeling.kernel_choice import wants_triton
 from modeling.kv_dtype import KvDtype
-from modeling.operations import Operations, TorchOperations
+from modeling.operations import TorchOperations
 from modeling.ranks import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
@@ -69,24 +69,22 @@ class TargetRunner:
             weights = RankWeights(
                 reader, config, shards, rank=rank, size=size, dtype=dtype, device=device, progress=progress
             )
-            operations: Operations = DeterministicOperations(dtype, size) if deterministic else TorchOperations()
             forms = DETERMINISTIC if deterministic else FAST
             empty = touchpoints.empty_model(config, dtype, forms.attention)
-            load = partial(load_rank, empty, weights, family, self._ranks, operations, forms)
+            load = partial(load_rank, empty, weights, family, self._ranks, forms=forms)
             if over_kernels:
-                from verifier_service.model.device.loading import kernel_layer, kernel_norm  # imports triton
+                from modeling.kernel_operations import TritonOperations  # these import triton
+                from verifier_service.model.device.executor import KernelExecutor
+                from verifier_service.model.device.loading import kernel_layer, kernel_norm
 
-                self._model = load(kernel_layer, kernel_norm)
+                self._model = load(TritonOperations(), make_layer=kernel_layer, make_norm=kernel_norm)
+                make: Callable[..., Executor] = partial(KernelExecutor, path=kernel_path)
             else:
-                self._model = load()
+                self._model = load(DeterministicOperations(dtype, size) if deterministic else TorchOperations())
+                make = partial(TorchExecutor, replay=forms.replay)
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
         tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
-        make: Callable[..., Executor] = partial(TorchExecutor, replay=forms.replay)
-        if over_kernels:
-            from verifier_service.model.device.executor import KernelExecutor
-
-            make = partial(KernelExecutor, path=kernel_path)
         with torch.inference_mode():
             self._executor = make(
                 self._model,

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from modeling.experts import LoopedExperts
 from modeling.norms import FusedRMSNorm
+from modeling.routing import SoftmaxTopK
 from tests.verifier_service.gpu_path.tiny import OVERRIDES, TinyTarget, build
 from verifier_service.config import VerifierSettings
 from verifier_service.fit import check_fit
@@ -49,6 +51,9 @@ def nothing_but_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (touchpoints, "run_layer"),
         (FusedRMSNorm, "forward"),
         (torch.nn.functional, "scaled_dot_product_attention"),
+        (torch.nn.functional, "linear"),
+        (SoftmaxTopK, "__call__"),
+        (LoopedExperts, "__call__"),
     )
     for owner, name in stood_in_for:
         monkeypatch.setattr(owner, name, forbidden)
@@ -83,7 +88,7 @@ def test_an_fp8_cache_differs_from_torchs_by_no_more_than_its_rounding(targets):
     """Triton's interpreter loses the carry when it rounds to fp8: a number may be off by its last of three bits."""
     target = targets["qwen3"]
     outputs = [
-        [runner.forward(step.plan).logits for step in target.steps[:3]]
+        [runner.forward(step.plan).logits for step in target.steps[:2]]
         for runner in (target.runner(kernels, kv_dtype="float8_e4m3") for kernels in ("torch", "triton"))
     ]
     scale = max(float(logits.abs().max()) for logits in outputs[0])

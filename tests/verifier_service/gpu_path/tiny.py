@@ -37,7 +37,6 @@ _HYBRID = {
     "linear_num_value_heads": 2,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "llama": _SMALL,
     "qwen3": {**_SMALL, "layer_types": ["full_attention"] * 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3_5_moe": {**_SMALL, **_HYBRID},
     "gpt_oss": {**_SMALL, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},

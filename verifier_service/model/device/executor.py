@@ -98,7 +98,7 @@ class KernelExecutor:
             inputs = self._writer.write(plan, FixedLayout(len(work), rows), changing)
             self._settle(plan, inputs)
             logit_rows = inputs.changing.logit_rows if plan.prefill else None
-            asked = Work(len(plan.verify), longest, _prefill_parts(plan), logit_rows)
+            asked = Work(len(plan.verify), longest, prefill=_prefill_parts(plan), logit_rows=logit_rows)
             hidden = self._forward.run(inputs.fixed, self._taken, asked, taps if self._first else ())
         logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
         return ForwardOutput(logits if self._first else None, hidden.taps)
@@ -121,7 +121,7 @@ class KernelExecutor:
     def _run_bucket(self, bucket: Bucket) -> None:
         """From the static inputs to the static outputs."""
         fixed = FixedLayout(bucket.requests, bucket.rows).of(self._inputs)
-        made = self._forward.run(fixed, self._taken, Work(bucket.requests, bucket.context), self._taps)
+        made = self._forward.run(fixed, self._taken, Work(bucket.requests, bucket.context, padded=True), self._taps)
         self._hidden.normed[: bucket.rows].copy_(made.normed)
         if made.taps is not None and self._hidden.taps is not None:
             self._hidden.taps[: bucket.rows].copy_(made.taps)

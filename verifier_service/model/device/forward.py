@@ -22,11 +22,13 @@ from verifier_service.model.step import PrefillPart
 @dataclass(frozen=True)
 class Work:
     """What the host knows of a step. verify: how many of its requests, at the front, are verify rows; longest: no token
-    lies at or past this position; logit_rows: int32 [any], the rows whose logits are wanted, None for all.
+    lies at or past this position; padded: some tokens may be padding; logit_rows: int32 [any], the rows whose logits
+    are wanted, None for all.
     """
 
     verify: int
     longest: int
+    padded: bool = False
     prefill: tuple[PrefillPart, ...] = ()
     logit_rows: torch.Tensor | None = None
 
@@ -71,6 +73,7 @@ class KernelForward:
             cos=self._cos.index_select(0, places.positions),
             sin=self._sin.index_select(0, places.positions),
             cache_rows=places.cache_rows,
+            live=places.cache_rows >= 0 if work.padded else None,
             batch=PagedBatch(tables, starts, places.context_lengths, work.longest),
             caches=self._caches,
             states=self._states,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from modeling.gates import silu_gate
+from modeling.moe import SparseMoe
 from modeling.operations import Operations
 from modeling.parallel import RowParallelLinear
 from modeling.quantized.packed import Weight
@@ -34,10 +35,11 @@ class KernelLayer(nn.Module):
     def __init__(self, input_norm: KernelNorm, mixer: nn.Module, mixed_norm: KernelNorm, mlp: nn.Module):
         super().__init__()
         self.input_norm, self.mixer, self.mixed_norm, self.mlp = input_norm, mixer, mixed_norm, mlp
+        self._sparse = isinstance(mlp, SparseMoe)
 
     def forward(
         self, normed: torch.Tensor, residual: torch.Tensor, step: DeviceStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both [tokens, hidden] -> two tensors of which the layer's output is the sum."""
         normed, residual = self.mixed_norm(self.mixer(normed, step), residual)
-        return self.mlp(normed), residual
+        return (self.mlp(normed, step.live) if self._sparse else self.mlp(normed)), residual

@@ -36,11 +36,14 @@ class VerifyRows:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; caches by layer."""
+    """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
+    no padding; caches by layer.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     cache_rows: torch.Tensor
+    live: torch.Tensor | None
     batch: PagedBatch
     caches: dict[int, CacheTensors]
     states: KernelStates | None
