@@ -54,15 +54,7 @@ class BlockPool:
         """`count` blocks with one user each. Raises OutOfBlocksError, and then takes none."""
         if count > self.free:
             raise OutOfBlocksError(f"{count} KV blocks wanted, {self.free} of {self.total} free")
-        if count <= 0:
-            return []
-        taken = self._blank[-count:][::-1]
-        del self._blank[-count:]
-        while len(taken) < count:
-            taken.append(self._evict())
-        for block in taken:
-            self._users[block] = 1
-        return taken
+        return [self._take() for _ in range(count)]
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more user of each block, which is in use or cached. Raises ValueError for a blank block."""
@@ -126,6 +118,11 @@ class BlockPool:
                 if block in self._idle:
                     del self._idle[block]
                     self._blank.append(block)
+
+    def _take(self) -> int:
+        block = self._blank.pop() if self._blank else self._evict()
+        self._users[block] = 1
+        return block
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

@@ -98,12 +98,12 @@ class FeaturePages:
         stop = start + count
         if start > table.end:
             self._restart(table, start)
-        while table.end < stop:
+        while (end := table.end) < stop:
             if not table.room and not self._open(table):
                 self._restart(table, stop)
                 break
-            size, skipped = min(stop - table.end, table.room), table.end - start
-            parts.add(before + skipped, table.extend(size), size)
+            size = min(stop - end, table.room)
+            parts.add(before + end - start, table.extend(size), size)
             if not table.room:
                 self._close(table, window, names)
 

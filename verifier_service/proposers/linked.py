@@ -179,10 +179,12 @@ class LinkProposer:
             return
         for context in contexts:
             sequence = context.sequence
-            rows = min(most, context.limit, sequence.remaining - 1)
-            if rows > 0 and context.placed and context.asked is None and context.sent == sequence.computed:
-                context.asked = DraftAsk(context.context_id, sequence.computed, sequence.tokens[-1], rows)
-                self._asks.append(context.asked)
+            base = sequence.computed
+            if context.sent == base and context.placed and context.asked is None:
+                rows = min(most, context.limit, sequence.remaining - 1)
+                if rows > 0:
+                    context.asked = DraftAsk(context.context_id, base, sequence.tokens[-1], rows)
+                    self._asks.append(context.asked)
         if self._asks:
             self._counters["draft_asks"] += len(self._asks)
             self._link.ask(self._asks)
