@@ -153,8 +153,10 @@ def drive(link: CheckedLink, proposer: LinkProposer, running, event=None, names=
     inbox.wait(*everyone)
     for i, name in enumerate(everyone):
         assert inbox.text(name) == expected(name, 1 + 3 * i, 24)
+    counters = engine.status().counters
     engine.stop()
-    return engine.status().counters
+    assert counters["drafting_failures"] == 0, "what the link checks did not hold"
+    return counters
 
 
 def at(happen: Callable[[], None], *calls: int) -> Callable[[int], None]:
@@ -210,6 +212,13 @@ def test_after_a_new_epoch_the_window_is_sent_again(running):
     link = CheckedLink()
     counters = drive(link, linked(link), running, at(link.begin_epoch, 4, 9))
     assert counters["accepted_tokens"] > 0.4 * counters["output_tokens"]
+
+
+@pytest.mark.parametrize("right", [0.0, 0.4])
+def test_what_is_sent_again_is_what_was_kept_of_steps_that_filled_no_page(running, right):
+    link = CheckedLink(right)
+    drive(link, linked(link), running, at(link.begin_epoch, *range(3, 40, 5)))
+    assert link.state.epoch > 3
 
 
 def test_a_link_that_goes_and_comes_back_is_used_again(running):
