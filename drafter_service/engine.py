@@ -27,6 +27,7 @@ from drafter_service.config import DrafterSettings
 from drafter_service.context import MAX_POSITION, Context, ContextTable, Key
 from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost
 from drafter_service.loading import LoadedDrafter, load_drafter
+from drafter_service.sizing import ContextSize, check_contexts
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class DrafterEngine:
     ):
         self._loaded = load_drafter(settings)
         self._max_contexts = settings.max_contexts
+        if self._loaded.model.device.type == "cuda":
+            size = ContextSize(self._loaded.window, self._loaded.config.block_size, self._loaded.model.row_bytes)
+            check_contexts(self._max_contexts, size, torch.cuda.mem_get_info(self._loaded.model.device)[0])
         self._drafter = block_drafter(self._loaded, settings.max_contexts)
         self._table = ContextTable(settings.max_contexts, self._loaded.window)
         self._inbox = Inbox(settings.max_queue)

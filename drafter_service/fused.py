@@ -54,6 +54,11 @@ class FusedDFlash:
         self._context = fixed_linear(*_stacked([p for each in attentions for p in (each.k_proj, each.v_proj)]))
         self._context_norm = torch.stack([layer.qk_norm[self.heads :] for layer in self.layers])[:, None]
 
+    @property
+    def row_bytes(self) -> int:
+        """Keys and values of one context token in all layers."""
+        return len(self.layers) * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
     def project_context(self, features: Tensor) -> Tensor:
         """[T, layers x 2 x kv_heads x head_dim]: for each layer key heads, not normed yet, and value heads."""
         return self._context(features.to(self.dtype))

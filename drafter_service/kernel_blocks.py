@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,8 +13,7 @@ from drafter_service.buckets import Bucket, Buckets
 from drafter_service.kernel_model import InjectedPool, KernelDFlash
 from drafter_service.loading import LoadedDrafter
 from drafter_service.step_buffers import StepBuffers
-
-log = logging.getLogger(__name__)
+from drafter_service.step_graphs import captured
 
 GRAPH_BLOCKS = 64  # a batch of more blocks is bound by its arithmetic, not by its launches
 
@@ -36,7 +34,7 @@ class KernelDrafter(BlockDrafting):
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._warm_up(loaded)
         if device.type == "cuda":
-            self._capture()
+            self._graphs = captured(self._forward, self._buckets, self._describe_nothing)
         self.counters = Counter(rows=0, padding_rows=0, eager_steps=0)
 
     def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
@@ -58,25 +56,5 @@ class KernelDrafter(BlockDrafting):
     def _forward(self, bucket: Bucket) -> None:
         self._model.forward(self._buffers.inputs(bucket), self._buffers.answers(bucket))
 
-    @torch.inference_mode()
-    def _capture(self) -> None:
-        """One graph a bucket, in memory that they share, since one runs after the other. Captured without a block."""
-        memory = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        graphs = {}
-        try:
-            for bucket in self._buckets:
-                self._buffers.send(bucket, [], [])
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._forward(bucket)  # what is loaded at its first use must not be loaded during capture
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-                    self._forward(bucket)
-                graphs[bucket] = graph
-        except RuntimeError as error:
-            log.warning("drafts run launch by launch, which costs time: no CUDA graph could be captured (%s)", error)
-            return
-        self._graphs = graphs
-        log.info("%d CUDA graphs for drafts of up to %d blocks", len(graphs), max(each.blocks for each in graphs))
+    def _describe_nothing(self, bucket: Bucket) -> None:
+        self._buffers.send(bucket, [], [])

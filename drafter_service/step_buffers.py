@@ -50,24 +50,22 @@ class StepBuffers:
     def __init__(self, blocks: int, block_size: int, mask_token_id: int, device: torch.device):
         self._mask = mask_token_id
         most = Bucket(blocks, blocks * block_size, blocks * (block_size - 1))
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(_ends(most)[-1], dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(_ends(most)[-1], dtype=torch.int64, device=device)
+        pinned, size = device.type == "cuda", _parts(most)[-1].stop
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+        self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self._host_answers = torch.zeros(2 * most.asked, dtype=torch.int32, pin_memory=pinned)
         self._device_answers = torch.zeros(2 * most.asked, dtype=torch.int32, device=device)
 
     def inputs(self, bucket: Bucket) -> StepInputs:
-        ends = _ends(bucket)
-        return StepInputs(*(self._device[begin:end] for begin, end in zip([0, *ends], ends)))
+        return StepInputs(*(self._device[part] for part in _parts(bucket)))
 
     def answers(self, bucket: Bucket) -> StepAnswers:
         return _answers(self._device_answers, bucket)
 
     def send(self, bucket: Bucket, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> None:
         """Describe a batch to the device. The batch before has to be read by then: its copy is under way until then."""
-        ends = _ends(bucket)
-        numbers = self._host.numpy()[: ends[-1]]
-        starts, first_rows, held, bases, tokens, positions, rows, asked = np.split(numbers, ends[:-1])
+        numbers, parts = self._host.numpy(), _parts(bucket)
+        starts, first_rows, held, bases, tokens, positions, rows, asked = (numbers[part] for part in parts)
         count = len(blocks)
         own = np.array([(b.first_row, b.held, b.base, b.rows) for b in blocks], dtype=np.int64).reshape(count, 4).T
         first_rows[:count], held[:count], bases[:count], sizes = own
@@ -85,7 +83,8 @@ class StepBuffers:
         rows[total:] = -1
         asked[: total - count] = np.flatnonzero(within)
         asked[total - count :] = 0
-        self._device[: ends[-1]].copy_(self._host[: ends[-1]], non_blocking=True)
+        end = parts[-1].stop
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
 
     def receive(self, bucket: Bucket, asked: int) -> tuple[list[int], list[float]]:
         """Token ids and confidences of the first `asked` rows: waits for the device, once."""
@@ -97,11 +96,16 @@ class StepBuffers:
         return answers.token_ids[:asked].tolist(), answers.confidence[:asked].tolist()
 
 
-def _ends(bucket: Bucket) -> list[int]:
-    """Where the inputs of a bucket end, in the order of StepInputs."""
-    n = bucket.blocks
-    sizes = [n + 1, n, n, n, bucket.rows, bucket.rows, bucket.rows, bucket.asked]
-    return np.cumsum(sizes).tolist()
+def _parts(bucket: Bucket) -> list[slice]:
+    """Where a bucket's inputs stand, in the order of StepInputs.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that is aligned differently.
+    """
+    n, parts, begin = bucket.blocks, [], 0
+    for size in (n + 1, n, n, n, bucket.rows, bucket.rows, bucket.rows, bucket.asked):
+        parts.append(slice(begin, begin + size))
+        begin += size + size % 2
+    return parts
 
 
 def _answers(buffer: Tensor, bucket: Bucket) -> StepAnswers:

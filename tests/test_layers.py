@@ -53,6 +53,7 @@ POLICY = (
     "drafter_service/buckets.py",
     "drafter_service/config.py",
     "drafter_service/context.py",
+    "drafter_service/sizing.py",
     "modeling/dflash_config.py",
     "modeling/families.py",
     "modeling/kernel_choice.py",

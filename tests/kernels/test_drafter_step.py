@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 from cluster.errors import ConfigError
 from cluster.link.messages import Draft, DraftAnswer, DraftAsk
 from drafter_service.attention import AttendEach, AttendPadded
+from drafter_service.buckets import Bucket, Buckets
 from drafter_service.engine import DrafterEngine
 from drafter_service.fused import FusedDFlash
+from drafter_service.kernel_blocks import KernelDrafter
+from drafter_service.step_graphs import captured
 from tests.drafter_service.pairs import FULL, SLIDING, settings_for, write_drafter, write_target
 from tests.drafter_service.peers import RecordingPeer, features
 
@@ -161,6 +165,32 @@ def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.Monke
     pair.kernels.append(pair.peers[0], "b", 0, features(9))
     pair.kernels.draft(pair.peers[0], Draft((DraftAsk("b", 9, 7, 5),)))
     assert pair.peers[0].frames[-1][0].token_ids == right[0].token_ids
+
+
+def test_where_no_graph_can_be_captured_it_is_said_and_drafts_go_on(pair: Pair, caplog: pytest.LogCaptureFixture):
+    drafter = pair.kernels._drafter
+    assert isinstance(drafter, KernelDrafter)
+    if not torch.cuda.is_available():
+        assert captured(drafter._forward, Buckets(1, 2), drafter._describe_nothing) == {}
+        assert "launch by launch" in caplog.text
+    pair.append("a", 0, features(9))
+    assert pair.ask(DraftAsk("a", 9, 7, 1))[0].token_ids
+
+
+def test_a_captured_bucket_is_replayed_and_any_other_runs_launch_by_launch(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """The graph is the step itself here: what only a GPU can record, a CPU repeats."""
+    drafter = pair.kernels._drafter
+    assert isinstance(drafter, KernelDrafter)
+    bucket = Bucket(1, 2, 1)
+    replayed = SimpleNamespace(replay=lambda: drafter._forward(bucket))
+    monkeypatch.setattr(drafter, "_graphs", {bucket: replayed})
+    before = drafter.counters["eager_steps"]
+    pair.append("a", 0, features(9))
+    pair.ask(DraftAsk("a", 9, 7, 1))
+    assert drafter.counters["eager_steps"] == before
+    pair.append("a", 9, features(1))
+    pair.ask(DraftAsk("a", 10, 7, 2))
+    assert drafter.counters["eager_steps"] == before + 1
 
 
 def test_the_kernels_are_refused_on_a_cpu_without_the_interpreter(
