@@ -92,6 +92,7 @@ def _following(settings: VerifierSettings) -> DrafterSettings:
         target=settings.target,
         dtype=settings.dtype,
         device=settings.device,
+        kernels=settings.kernels,
         threads=settings.threads_per_rank,
         max_contexts=settings.max_requests,
         max_queue=settings.max_requests,

@@ -34,6 +34,6 @@ def check_contexts(wanted: int, size: ContextSize, free_bytes: int) -> None:
         cure = f"max_contexts to {fitting} or less, or a smaller window" if fitting else "a smaller window"
         raise ConfigError(
             f"drafter.max_contexts is {wanted}, but of contexts of {size.bytes / 1e6:.0f} MB (window {size.window}) "
-            f"only {fitting} fit into the {free_bytes / 1e9:.1f} GB that the weights leave free on the device: set {cure}"
+            f"only {fitting} fit into the {free_bytes / 1e9:.1f} GB that the weights leave free: set {cure}"
         )
     log.info("%d draft contexts of %.0f MB; %d would fit", wanted, size.bytes / 1e6, fitting)
