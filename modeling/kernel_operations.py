@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.gated_activation.kernel import gated_activation
 from kernels.linear.kernel import add_leaves
 from modeling.experts import Experts, ExpertWeights
 from modeling.fixed_linear import Linear
@@ -19,7 +20,7 @@ from modeling.tiles import leaves_of
 
 
 class TritonOperations(TorchOperations):
-    """An Operations over kernels; norms and what is elementwise are torch's, whose results are each row's or entry's.
+    """An Operations over kernels; norms and other elementwise functions are torch's: of each row's or entry's own.
 
     A partial has x's dtype and no parts.
     """
@@ -35,6 +36,9 @@ class TritonOperations(TorchOperations):
 
     def route(self, route: Route) -> Route:
         return triton_route(route)
+
+    def gate(self, gate: Gate) -> Gate:
+        return gated_activation if gate is silu_gate else gate
 
 
 class DeterministicTritonOperations(TritonOperations):

@@ -69,6 +69,8 @@ class MadeLayer:
 
 # (transformers' layer on the meta device, its index, how many recurrent layers came before it, parts) -> the layer
 MakeLayer = Callable[[Any, int, int, Parts], MadeLayer]
+# (transformers' norm, its path, parts) -> the norm
+MakeNorm = Callable[[Any, str, Parts], nn.Module]
 
 
 def load_rank(
@@ -79,7 +81,7 @@ def load_rank(
     operations: Operations,
     forms: Forms,
     make_layer: MakeLayer | None = None,
-    make_norm: Callable[[Any, str, Parts], nn.Module] | None = None,
+    make_norm: MakeNorm | None = None,
 ) -> RankModel:
     """Fill the meta model, made for `forms`, with this rank's tensors.
 
@@ -124,7 +126,7 @@ def stock_layer(layer: Any, index: int, state_layer: int, parts: Parts) -> MadeL
         _fill(layer, prefix, parts)
         return MadeLayer(layer, recurrent=layer.linear_attn)
     if touchpoints.is_latent_attention(layer.self_attn):
-        layer.self_attn = _latent_attention(layer.self_attn, f"{prefix}self_attn.", index, parts)
+        layer.self_attn = load_latent_attention(layer.self_attn, index, parts, parts.forms.latent_attention, load_norm)
         shape = layer.self_attn.shape
         _fill(layer, prefix, parts)
         return MadeLayer(layer, (shape.latent, shape.rotary), latent=True)
@@ -169,15 +171,20 @@ def load_norm(module: Any, path: str, parts: Parts) -> nn.Module:
     return parts.operations.norm(weight, touchpoints.norm_eps(module), parts.family.zero_centered_norms)
 
 
-def _latent_attention(module: Any, prefix: str, layer: int, parts: Parts) -> LatentAttention:
+def load_latent_attention(
+    module: Any, layer: int, parts: Parts, make: type[LatentAttention], make_norm: MakeNorm
+) -> LatentAttention:
+    """Of transformers' module in layer `layer`."""
+    prefix = f"layers.{layer}.self_attn."
+
     def linear(name: str) -> nn.Module:
         return load_linear(getattr(module, name), prefix + name, parts)
 
     def norm(name: str) -> nn.Module:
-        return load_norm(getattr(module, name), prefix + name, parts)
+        return make_norm(getattr(module, name), prefix + name, parts)
 
     low_rank = module.q_lora_rank is not None
-    return parts.forms.latent_attention(
+    return make(
         nn.Sequential(linear("q_a_proj"), norm("q_a_layernorm"), linear("q_b_proj")) if low_rank else linear("q_proj"),
         linear("kv_a_proj_with_mqa"),
         norm("kv_a_layernorm"),

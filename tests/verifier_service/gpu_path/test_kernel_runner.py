@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
+from modeling import gates
 from modeling.experts import LoopedExperts
 from modeling.norms import FusedRMSNorm
-from modeling.routing import SoftmaxTopK
+from modeling.routing import SigmoidTopK, SoftmaxTopK
 from tests.verifier_service.gpu_path.tiny import OVERRIDES, TinyTarget, build
 from verifier_service.config import VerifierSettings
 from verifier_service.fit import check_fit
 from verifier_service.model import attention, delta_rule, gated_delta_net, touchpoints
+from verifier_service.model.latent_attention import LatentAttention
 
 ROOT = Path(__file__).resolve().parents[3]
 TAPS = (1, 0)
@@ -53,6 +55,9 @@ def nothing_but_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.nn.functional, "scaled_dot_product_attention"),
         (torch.nn.functional, "linear"),
         (SoftmaxTopK, "__call__"),
+        (SigmoidTopK, "__call__"),
+        (LatentAttention, "forward"),
+        (gates, "silu_gate"),
         (LoopedExperts, "__call__"),
     )
     for owner, name in stood_in_for:

@@ -39,6 +39,7 @@ _HYBRID = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3": {**_SMALL, "layer_types": ["full_attention"] * 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3_5_moe": {**_SMALL, **_HYBRID},
+    "deepseek_v3": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
     "gpt_oss": {**_SMALL, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
 }
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.delta_inputs.kernel import delta_inputs
 from kernels.gated_delta.kernel import gated_delta_verify
+from kernels.gated_norm.kernel import gated_norm
 from kernels.short_conv.kernel import short_conv_verify
-from verifier_service.model.delta_rule import unit
 from verifier_service.model.device.states import KernelStates
 from verifier_service.model.device.step import DeviceStep, VerifyRows
 from verifier_service.model.gated_delta_net import RaggedGatedDeltaNet
@@ -26,35 +27,26 @@ class KernelGatedDeltaNet(RaggedGatedDeltaNet):
         assert step.states is not None, "a hybrid model needs recurrent states"
         width = self.heads * self.value_dim
         mixed, gate, b, a = self.in_proj(x).split([self.channels, width, self.heads, self.heads], dim=-1)
-        beta = torch.sigmoid(b.float())
-        log_decay = F.softplus(a.float() + self.dt_bias).mul_(self.negative_rate)
         outputs = []
         if step.verify is not None:
             own = slice(step.verify.tokens)
-            outputs.append(self._verify(step.states, step.verify, mixed[own], log_decay[own], beta[own]))
+            outputs.append(self._verify(step.states, step.verify, mixed[own], a[own], b[own]))
         for part in step.prefill:
             own = slice(part.first, part.stop)
-            outputs.append(self._prefill(step.states, part, mixed[own], log_decay[own], beta[own]))
+            log_decay = F.softplus(a[own].float() + self.dt_bias).mul_(self.negative_rate)
+            outputs.append(self._prefill(step.states, part, mixed[own], log_decay, torch.sigmoid(b[own].float())))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
-        output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
-        output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
+        output = gated_norm(output, self.norm, self.norm_eps, gate)
         return self.total(self.out_proj(output), self.ranks)
 
     def _verify(
-        self,
-        states: KernelStates,
-        rows: VerifyRows,
-        mixed: torch.Tensor,
-        log_decay: torch.Tensor,
-        beta: torch.Tensor,
+        self, states: KernelStates, rows: VerifyRows, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
         layer = self.state_layer
-        convolved = short_conv_verify(mixed, self.conv, states.conv[layer], rows.slots, rows.starts).float()
-        keys = 2 * self.key_heads * self.key_dim
-        both = unit(convolved[:, :keys].unflatten(-1, (2, self.key_heads, self.key_dim)))
-        both[:, 0] *= self.key_dim**-0.5
-        query, key = both.unbind(1)  # [tokens, key_heads, key_dim]
-        value = convolved[:, keys:].unflatten(-1, (self.heads, self.value_dim))
-        done = gated_delta_verify(query, key, value, log_decay, beta, states.memory[layer], rows.slots, rows.starts)
-        states.keep_tokens(layer, mixed, key, done.decay, done.corrected)
+        convolved = short_conv_verify(mixed, self.conv, states.conv[layer], rows.slots, rows.starts)
+        inputs = delta_inputs(
+            *(convolved, a, b, self.negative_rate, self.dt_bias), key_heads=self.key_heads, key_dim=self.key_dim
+        )
+        done = gated_delta_verify(*inputs, states.memory[layer], rows.slots, rows.starts)
+        states.keep_tokens(layer, mixed, inputs.key, done.decay, done.corrected)
         return done.output

@@ -19,7 +19,7 @@ from verifier_service.model.device.inputs import InputWriter, StepInputs
 from verifier_service.model.device.layout import ChangingLayout, FixedLayout
 from verifier_service.model.device.rotary import whole_rotary
 from verifier_service.model.device.states import KernelStates
-from verifier_service.model.device.step import cache_tensors
+from verifier_service.model.device.step import cache_tensors, latent_tensors
 from verifier_service.model.face import ForwardOutput
 from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
@@ -53,8 +53,8 @@ class KernelExecutor:
     ):
         self._head, self._first, self._vocabulary = model.head, first, vocabulary
         self._device = torch.device(storage.device)
-        caches = storage.layers(model.kv_shapes)
-        self.cache_bytes = held_by(caches.values())
+        caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
+        self.cache_bytes = held_by([*caches.values(), *latents.values()])
         most = path.rows(num_slots)
         self._states = _states(model, storage, num_slots, checkpoint_bytes, most)
         self.checkpoints = None if self._states is None else self._states.checkpoints
@@ -64,6 +64,7 @@ class KernelExecutor:
         self._forward = KernelForward(
             model,
             {layer: cache_tensors(cache) for layer, cache in caches.items()},
+            {layer: latent_tensors(cache, model.latent_shapes[layer][0]) for layer, cache in latents.items()},
             self._states,
             self._tables,
             whole_rotary(model.rotary, max_context, storage.dtype, self._device),

@@ -14,7 +14,7 @@ from verifier_service.model.device.layer import KernelLayer
 from verifier_service.model.device.layout import FixedInputs
 from verifier_service.model.device.norm import KernelNorm
 from verifier_service.model.device.states import KernelStates
-from verifier_service.model.device.step import CacheTensors, DeviceStep, VerifyRows
+from verifier_service.model.device.step import CacheTensors, DeviceStep, LatentTensors, VerifyRows
 from verifier_service.model.loading import RankModel
 from verifier_service.model.step import PrefillPart
 
@@ -48,6 +48,7 @@ class KernelForward:
         self,
         model: RankModel,
         caches: dict[int, CacheTensors],
+        latents: dict[int, LatentTensors],
         states: KernelStates | None,
         tables: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
@@ -56,7 +57,7 @@ class KernelForward:
         self._embedding = model.embedding
         self._layers = cast(tuple[KernelLayer, ...], model.layers)
         self._norm = cast(KernelNorm, model.norm)
-        self._caches, self._states, self._tables = caches, states, tables
+        self._caches, self._latents, self._states, self._tables = caches, latents, states, tables
         self._cos, self._sin = rotary
         self._block_tokens = block_tokens
 
@@ -76,6 +77,7 @@ class KernelForward:
             live=places.cache_rows >= 0 if work.padded else None,
             batch=PagedBatch(tables, starts, places.context_lengths, work.longest),
             caches=self._caches,
+            latents=self._latents,
             states=self._states,
             verify=VerifyRows(verified, inputs.slots[: work.verify], starts[: work.verify + 1])
             if work.verify

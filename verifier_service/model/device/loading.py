@@ -13,9 +13,17 @@ from modeling.quantized.packed import stacked_rows
 from verifier_service.model import touchpoints
 from verifier_service.model.device.attention import AttentionShape, KernelAttention
 from verifier_service.model.device.delta_net import KernelGatedDeltaNet
+from verifier_service.model.device.latent_attention import KernelLatentAttention
 from verifier_service.model.device.layer import GatedMlp, KernelLayer
-from verifier_service.model.device.norm import KernelNorm
-from verifier_service.model.loading import MadeLayer, Parts, delta_net_arguments, load_linear, load_sinks
+from verifier_service.model.device.norm import KernelNorm, LoneKernelNorm
+from verifier_service.model.loading import (
+    MadeLayer,
+    Parts,
+    delta_net_arguments,
+    load_latent_attention,
+    load_linear,
+    load_sinks,
+)
 from verifier_service.model.moe_loading import load_moe
 
 
@@ -30,15 +38,23 @@ def kernel_layer(layer: Any, index: int, state_layer: int, parts: Parts) -> Made
     if not touchpoints.is_attention_layer(layer):
         mixer = KernelGatedDeltaNet(**delta_net_arguments(layer.linear_attn, index, state_layer, parts))
         return MadeLayer(KernelLayer(norms[0], mixer, norms[1], mlp), recurrent=mixer)
+    if touchpoints.is_latent_attention(layer.self_attn):
+        latent = load_latent_attention(layer.self_attn, index, parts, KernelLatentAttention, _lone_norm)
+        cached = latent.shape.latent, latent.shape.rotary
+        return MadeLayer(KernelLayer(norms[0], latent, norms[1], mlp), cached, latent=True)
     attention = _attention(layer.self_attn, index, parts)
     shape = attention.shape
     made = KernelLayer(norms[0], attention, norms[1], mlp)
     return MadeLayer(made, (shape.kv_heads, shape.head_dim), window=shape.window)
 
 
-def kernel_norm(module: Any, path: str, parts: Parts) -> KernelNorm:
+def kernel_norm(module: Any, path: str, parts: Parts, make: type[KernelNorm] = KernelNorm) -> KernelNorm:
     weight = parts.weights.take(f"{path}.weight", tuple(module.weight.shape))
-    return KernelNorm(weight, touchpoints.norm_eps(module), parts.family.zero_centered_norms)
+    return make(weight, touchpoints.norm_eps(module), parts.family.zero_centered_norms)
+
+
+def _lone_norm(module: Any, path: str, parts: Parts) -> KernelNorm:
+    return kernel_norm(module, path, parts, LoneKernelNorm)
 
 
 def _attention(module: Any, index: int, parts: Parts) -> KernelAttention:

@@ -19,3 +19,10 @@ class KernelNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [tokens, width] -> the norm of their sum, and the sum."""
         return rms_norm(x, self.weight, self.eps, residual)
+
+
+class LoneKernelNorm(KernelNorm):
+    """Where there is no residual to add."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, residual)[0]

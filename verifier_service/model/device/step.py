@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.paged_attention.batch import PagedBatch
+from kernels.paged_batch import PagedBatch
 from verifier_service.model.device.states import KernelStates
-from verifier_service.model.kv_cache import KeyValueCache, LayerCache
-from verifier_service.model.kv_storage import CastVectors, ScaledVectors, StoredLayerCache, Vectors
+from verifier_service.model.kv_cache import KeyValueCache, LatentCache, LatentsCache, LayerCache
+from verifier_service.model.kv_storage import CastVectors, ScaledVectors, StoredLatentCache, StoredLayerCache, Vectors
 from verifier_service.model.step import PrefillPart
 
 
@@ -26,6 +26,17 @@ class CacheTensors:
 
 
 @dataclass(frozen=True)
+class LatentTensors:
+    """One layer's latents [blocks, block_tokens, latent] and rotary keys [blocks, block_tokens, rotary]; scales
+    [blocks, block_tokens] of e4m3 latents.
+    """
+
+    latents: torch.Tensor
+    rotary: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class VerifyRows:
     """The step's first `tokens` tokens, padding included. slots int32 [rows], starts int32 [rows + 1]."""
 
@@ -37,7 +48,7 @@ class VerifyRows:
 @dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; caches by layer.
+    no padding; caches and latents by layer.
     """
 
     cos: torch.Tensor
@@ -46,6 +57,7 @@ class DeviceStep:
     live: torch.Tensor | None
     batch: PagedBatch
     caches: dict[int, CacheTensors]
+    latents: dict[int, LatentTensors]
     states: KernelStates | None
     verify: VerifyRows | None
     prefill: tuple[PrefillPart, ...]
@@ -58,6 +70,15 @@ def cache_tensors(cache: KeyValueCache) -> CacheTensors:
     assert isinstance(cache, StoredLayerCache), f"no kernel reads a {type(cache).__name__}"
     (keys, key_scales), (values, value_scales) = _stored(cache.keys), _stored(cache.values)
     return CacheTensors(keys, values, key_scales, value_scales)
+
+
+def latent_tensors(cache: LatentsCache, latent: int) -> LatentTensors:
+    """latent: the width of one."""
+    if isinstance(cache, LatentCache):
+        return LatentTensors(cache.latents[..., :latent], cache.latents[..., latent:])
+    assert isinstance(cache, StoredLatentCache), f"no kernel reads a {type(cache).__name__}"
+    (latents, scales), (rotary, _) = _stored(cache.latents), _stored(cache.rotary)
+    return LatentTensors(latents, rotary, scales)
 
 
 def _stored(vectors: Vectors) -> tuple[torch.Tensor, torch.Tensor | None]:
