@@ -34,8 +34,12 @@ class Tiling:
 
 
 def tiling(head_dim: int, group: int) -> Tiling:
-    """Depends on the model alone, never on the batch: that is what makes results independent of it."""
-    rows = min(128 if head_dim <= 128 else 64, max(16, triton.next_power_of_2(16 * group)))
+    """Depends on the model alone, never on the batch: that is what makes results independent of it.
+
+    At least 64 rows, also for a small group: that is one instruction of a Hopper tensor core, and so every rank's sums
+    run alike, whether it has all heads of a KV head or, sharing it with other ranks, a few.
+    """
+    rows = max(64, min(128 if head_dim <= 128 else 64, triton.next_power_of_2(16 * group)))
     rows = max(rows, triton.next_power_of_2(group))
     return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=2)
 

@@ -78,13 +78,12 @@ def _expanded(machine: Machine, rows: int, context: int, heads: int) -> Case:
     values = machine.normal(context // 64, 64, heads, 128)
     tables = machine.ints(torch.arange(context // 64)).view(1, -1)
     batch = PagedBatch(tables, machine.ints([0, rows]), machine.ints([context]), context)
-    tile = paged_attention.Tiling(rows=64, tokens=64, warps=4, stages=2)
     flat = [x.flatten(0, 1).transpose(0, 1) for x in (keys, values)]
     mask = torch.arange(context, device=machine.device)
     mask = mask <= mask[context - rows :, None]
     return Case(
         f"paged_attention 1 x {rows} rows, context {context}, heads {heads}/{heads} x 192 and 128",
-        lambda: paged_attention.paged_attention(query, keys, values, batch, scaling=192**-0.5, tile=tile),
+        lambda: paged_attention.paged_attention(query, keys, values, batch, scaling=192**-0.5),
         lambda: paged_attention_reference.paged_attention(query, keys, values, batch, scaling=192**-0.5),
         moved=query.nbytes * 5 // 3 + keys.nbytes + values.nbytes,
         library=lambda: F.scaled_dot_product_attention(query.transpose(0, 1), flat[0], flat[1], mask, scale=192**-0.5),

@@ -153,6 +153,14 @@ def test_a_result_does_not_depend_on_the_other_requests_or_the_number_of_rows():
             assert torch.equal(got, together[first : first + kept])
 
 
+def test_a_rank_with_some_heads_of_a_kv_head_gets_the_same_bits():
+    batch = a_batch([2], [40])
+    query, keys, values = tensors(batch, heads=8, kv_heads=1, dim=16)
+    whole = paged_attention(query, keys, values, batch, scaling=0.25)
+    for heads in (slice(0, 1), slice(2, 6)):
+        assert torch.equal(paged_attention(query[:, heads], keys, values, batch, scaling=0.25), whole[:, heads])
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # sums over what happens to lie in the padding
 def test_padding_rows_and_a_loose_bound_change_nothing():
     """A captured graph launches with the bucket's rows and the longest context it may ever see."""
