@@ -51,6 +51,11 @@ class RankGroup:
         dist.all_gather(parts, part, group=self.group)
         return parts
 
+    def broadcast_(self, numbers: torch.Tensor) -> None:
+        """Rank 0's become everyone's, in place."""
+        if self.group is not None and self.size > 1:
+            dist.broadcast(numbers, group=self.group, group_src=0)
+
     def gather_to_first(self, part: torch.Tensor) -> list[torch.Tensor] | None:
         """All ranks' equally shaped parts, in rank order, on rank 0; None elsewhere. Copy before the next call."""
         if self.group is None or self.size == 1:

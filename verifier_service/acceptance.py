@@ -20,6 +20,12 @@ def accepted_drafts(row: Sequence[int], samples: Sequence[int], first: int = 0) 
     return count
 
 
+def still_to_come(drafts: tuple[int, ...], tokens: Sequence[int]) -> tuple[int, ...]:
+    """What is left of drafts after their first were committed otherwise; nothing if the tokens differ from them."""
+    count = len(tokens)
+    return drafts[count:] if drafts[:count] == tuple(tokens) else ()
+
+
 def cut(
     tokens: Sequence[int], generated: int, stop_token_ids: Collection[int], min_new_tokens: int, max_new_tokens: int
 ) -> tuple[int, str | None]:

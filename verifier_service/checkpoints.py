@@ -51,6 +51,10 @@ class CheckpointPool:
         else:
             self._kept[block_hash] = checkpoint
 
+    def give_back(self, checkpoint: int) -> None:
+        """A taken one that is not kept after all."""
+        self._blank.append(checkpoint)
+
     def drop(self, block_hash: BlockHash) -> int | None:
         """Nobody finds this one any more; which it was, if it was there. It is blank now."""
         checkpoint = self._kept.pop(block_hash, None)

@@ -118,6 +118,11 @@ class SpeculationControl:
             return self.most
         return best
 
+    def rests(self, requests: int) -> bool:
+        """Whether the next `choose` is certain to say 0."""
+        costs = self._of(requests)
+        return costs.first > 0 or (costs.probing == 0 and costs.paused > 0)
+
     def step(self, requests: int, drafted: int, seconds: float) -> None:
         """A step without prefill: `requests` rows with `drafted` drafts in all took `seconds`, waits left out."""
         costs = self._of(requests)

@@ -47,6 +47,17 @@ class Drafting:
         if (fresh := self._renewal.take()) is not None:
             self._guarded(lambda: self._use(fresh))
 
+    def resting(self) -> bool:
+        """Whether nothing is lost by planning the next step before the outcome of the one under way."""
+        resting = False
+
+        def ask() -> None:
+            nonlocal resting
+            resting = self._proposer.resting()
+
+        self._guarded(ask)
+        return resting and not self._renewal.ready  # a successor's tap layers are not those of a step under way
+
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         self._guarded(lambda: self._proposer.advance(progress, taps))
 

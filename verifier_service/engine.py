@@ -1,7 +1,8 @@
 """Rank 0's engine: requests in, Deltas out, one step after the other.
 
 A step: plan -> tell the other ranks -> target forward -> accept -> commit -> send features and ask for drafts -> emit,
-while the drafter works -> collect drafts. Everything but the calls marked thread-safe runs on the engine's own thread.
+while the drafter works -> collect drafts. On a GPU the next step is planned and launched before this one is read, where
+no outcome of this one matters for that. Everything but the calls marked thread-safe runs on the engine's own thread.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.grammar.desk import GrammarDesk, Ticket
+from verifier_service.launch import Launched, launch, size_of
 from verifier_service.live_settings import usable
+from verifier_service.marks import Mark, seconds_between
 from verifier_service.model.face import Runner
 from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
 from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.recorder import FlightRecorder
-from verifier_service.sampling.sampler import sample
-from verifier_service.sampling.shaping import draws_of, shaping_of
+from verifier_service.sampling.shaping import shaping_of
 from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import Key, RunningRequest, key_of
 from verifier_service.step_watch import StepWatch
 from verifier_service.tally import Tally
-from verifier_service.validation import RequestLimits, problem
+from verifier_service.validation import RequestLimits, already_ended, problem
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Engine:
 
     info: what clients are told. channel: to the other ranks. block_size in info is 1 for plain decoding.
     make_proposer: builds the successor of a proposer that failed, on another thread. grammars: without, requests that
-    have one are refused.
+    have one are refused. runs_ahead: launch steps before the one before is read; None = where the runner has a GPU.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Engine:
         recorder: FlightRecorder | None = None,
         grammars: GrammarCompiler | None = None,
         heartbeat_s: float = HEARTBEAT_S,
+        runs_ahead: bool | None = None,
     ):
         self.info = info
         self._runner = runner
@@ -81,6 +84,9 @@ class Engine:
         self._emission = Emission()
         self._deadlines = Deadlines()
         self._tally = Tally()
+        self._runs_ahead = runner.shape.device.startswith("cuda") if runs_ahead is None else runs_ahead
+        self._under_way: Launched | None = None
+        self._idle_from: Mark | None = None  # when the device was done with the step read last
         self._max_commands = limits.max_waiting + limits.slots + SPARE_COMMANDS
         self._commands: deque[Command] = deque()
         self._arrived = threading.Condition(threading.Lock())
@@ -166,10 +172,11 @@ class Engine:
         self._begun = True
         try:
             while not self._stopping:
-                self._drafting.refresh()
+                if self._under_way is None:
+                    self._drafting.refresh()
                 self._take_commands()
                 self._expire()
-                if len(self._scheduler):
+                if self._under_way is not None or len(self._scheduler):
                     self._step()
                 elif not self._wait_for_work():
                     self._beat()
@@ -184,37 +191,51 @@ class Engine:
             self._ended.set()
 
     def _step(self) -> None:
+        """Finish a step; before it is read, launch the one after it if that need not wait."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            step = self._launch(None)
+            assert step is not None, "only what is under way can keep a step from being planned"
+        if self._runs_ahead and self._drafting.resting():
+            self._under_way = self._launch(step)
+        self._finish_step(step)
+
+    def _launch(self, before: Launched | None) -> Launched | None:
+        """The next step, after `before` if that is not read yet. None: what it comes to has to be known first."""
         began = time.monotonic()
         self._constrained.trim()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan() if before is None else self._scheduler.plan_ahead()
+        if plan is None:
+            return None
+        work = self._scheduler.planned
         if self._recorder is not None:
-            self._recorder.planned(plan.step, self._scheduler.planned)
-        tokens = sum(len(work.token_ids) for part in (plan.verify, plan.prefill) for work in part)
-        self._step_limit_s = self._watch.limit(tokens)
+            self._recorder.planned(plan.step, work)
+        limit = self._watch.limit(size_of(plan))
+        self._step_limit_s = limit if before is None else max(limit, self._watch.limit(before.size))
         self._channel.send(plan)
         if evicted := self._scheduler.cache.take_evicted():
             self._drafting.evicted(evicted)
-        rows = self._scheduler.sampled_rows()
-        masks = self._constrained.start_masks(rows)
-        before = time.monotonic()
-        output = self._runner.forward(plan)
-        forward = time.monotonic() - before
-        assert output.logits is not None, "rank 0 gets the logits"
-        samples = sample(output.logits, draws_of(rows, masks())) if output.logits.shape[0] else []
+        return launch(self._runner, self._constrained, plan, work, began, self._runs_ahead)
+
+    def _finish_step(self, step: Launched) -> None:
+        samples = step.samples.read()
         progress = self._scheduler.commit(samples)
         for ended in self._constrained.advance(progress):
             self._scheduler.remove(ended.sequence.key)
-        self._drafting.advance(progress, output.taps)
-        self._emission.emit(progress, output.logits)
+        self._drafting.advance(progress, step.taps)
+        self._emission.emit(progress, step.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
         drafting = self._drafting.collect()
-        self._step_ended = time.monotonic()
-        seconds = self._step_ended - began
-        self._step_limit_s = self._watch.ended(tokens, seconds)
-        self._drafting.learn(progress, bool(plan.prefill), seconds - drafting)
-        self._tally.step(plan, progress, seconds, forward, drafting)
+        before, self._step_ended = self._step_ended, time.monotonic()
+        seconds = self._step_ended - max(step.began, before)  # one that began before the last ended has the rest
+        limit = self._watch.ended(step.size, seconds)
+        self._step_limit_s = limit if self._under_way is None else self._watch.limit(self._under_way.size)
+        self._drafting.learn(progress, bool(step.plan.prefill), seconds - drafting)
+        gap = 0.0 if self._idle_from is None else max(0.0, seconds_between(self._idle_from, step.first))
+        self._idle_from = step.last if len(self._scheduler) else None  # waiting for requests is no gap
+        self._tally.step(step.plan, progress, seconds, seconds_between(step.first, step.last), drafting, gap)
         if self._recorder is not None:
-            self._recorder.done(plan.step, samples, seconds)
+            self._recorder.done(step.plan.step, samples, seconds)
 
     def _beat(self) -> None:
         """An empty step, so that a rank that has died is noticed while nothing else happens."""
@@ -272,7 +293,7 @@ class Engine:
             sink([error_delta(request, why, "request")])
         elif key_of(request) in self._scheduler or key_of(request) in self._desk:
             sink([error_delta(request, f"request_id {request.request_id!r} is already running here", "request")])
-        elif ended := _already_ended(request):
+        elif ended := already_ended(request):
             sink([Delta(request.request_id, request.choice, (), finish=ended)])
         elif request.grammar is None:
             self._enter(request, sink, None)
@@ -369,11 +390,3 @@ def follow(runner: Runner, channel: PlanChannel) -> None:
     with torch.inference_mode():
         while not (plan := channel.receive()).stop:
             runner.forward(plan)
-
-
-def _already_ended(request: EngineRequest) -> str | None:
-    """A resumed request may have had its last token before its engine died."""
-    generated = request.generated_ids
-    if generated and generated[-1] in request.stop_token_ids and len(generated) > request.min_new_tokens:
-        return "stop"
-    return "length" if len(generated) >= request.max_new_tokens else None

@@ -15,12 +15,12 @@ from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 HEADER = 10
 FIRST_WORDS = 2048  # 16 KiB: what nearly every plan fits in
-_HEARTBEAT, _STOP = 1, 2
+_HEARTBEAT, _STOP, _AHEAD = 1, 2, 4
 
 
 def pack(plan: StepPlan) -> torch.Tensor:
     """int64 [words], on the CPU."""
-    words = [0, plan.step, plan.heartbeat * _HEARTBEAT | plan.stop * _STOP]
+    words = [0, plan.step, plan.heartbeat * _HEARTBEAT | plan.stop * _STOP | plan.ahead * _AHEAD]
     words += [len(part) for part in (plan.verify, plan.prefill, plan.new_blocks, plan.released, plan.decided)]
     words += (len(plan.saved), len(plan.restored))
     for row in plan.verify:
@@ -69,6 +69,7 @@ def unpack(packed: torch.Tensor) -> StepPlan:
         decided=decisions,
         saved=saves,
         restored=restores,
+        ahead=bool(flags & _AHEAD),
         heartbeat=bool(flags & _HEARTBEAT),
         stop=bool(flags & _STOP),
     )

@@ -11,7 +11,10 @@ import msgspec
 
 
 class VerifyRow(msgspec.Struct, frozen=True, gc=False):  # hundreds a step: made in a tenth of a dataclass's time
-    """Verify bonus + k drafts of one slot. token_ids[0] is the bonus token, at absolute position `start`."""
+    """Verify bonus + k drafts of one slot. token_ids[0] is the bonus token, at absolute position `start`.
+
+    A bonus token below 0 is known to the devices only: see StepPlan.ahead.
+    """
 
     slot: int
     start: int
@@ -43,6 +46,8 @@ class StepPlan:
     row of the step before; kept 0: as it is now. restored: (slot, checkpoint), the other way round.
     new_blocks: (slot, block id) appended to the slot's block table, in order; a cached block may be in several tables.
     A chunk with start 0 zeroes its slot's recurrent state; a slot's first chunk may start later, after cached blocks.
+    ahead: planned before the outcome of the step before was known. Token id -1 - row then stands for the token that
+    was taken at that row of its logits.
     heartbeat: nothing to compute. stop: the ranks leave their loop.
     """
 
@@ -54,5 +59,6 @@ class StepPlan:
     decided: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int, int], ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
+    ahead: bool = False
     heartbeat: bool = False
     stop: bool = False

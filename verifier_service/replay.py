@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cluster.errors import PacelineError
 from verifier_service.acceptance import accepted_drafts
+from verifier_service.flight import SampledRows
 from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.masks import NO_MASKS, MaskFiller
 from verifier_service.model.face import ForwardOutput, Runner
@@ -16,7 +17,6 @@ from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 from verifier_service.recorder import Flight, FlightRequest, FlightRow, FlightStep
 from verifier_service.sampling.sampler import sample
 from verifier_service.sampling.shaping import draws_of, shaping_of
-from verifier_service.scheduler import SampledRows
 from verifier_service.sequence import RunningRequest
 
 

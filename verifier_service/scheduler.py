@@ -8,13 +8,15 @@ by which a request resumes on another engine).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.contracts import EngineRequest
 from cluster.errors import OverloadedError
-from verifier_service.acceptance import accepted_drafts, cut
+from verifier_service.acceptance import accepted_drafts, cut, still_to_come
+from verifier_service.flight import Flight, Planned, certain
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 from verifier_service.prefill_shares import Prompt, prefill_shares
 from verifier_service.prefix_cache import PrefixCache
@@ -40,22 +42,11 @@ class SchedulerLimits:
     checkpoints: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRows:
-    """Rows row .. row + count - 1 of the step's logits, of one request; row + i decides position `position` + i.
-
-    Row + i follows the request's tokens and drafts[:i].
-    """
-
-    sequence: RunningRequest
-    row: int
-    count: int
-    position: int
-    drafts: tuple[int, ...] = ()
-
-
 class Scheduler:
-    """Use: add, plan, (forward), commit, plan, ... A request may be removed between a commit and the next plan."""
+    """Use: add, plan, (forward), commit, plan, ...; or, a step ahead: plan, plan_ahead, commit, plan_ahead, commit, ...
+
+    A request may be removed between two of these calls.
+    """
 
     def __init__(self, limits: SchedulerLimits):
         self.limits = limits
@@ -67,7 +58,7 @@ class Scheduler:
         self._arrivals = 0
         self._requests: dict[Key, RunningRequest] = {}
         self._seats = Seats(limits.slots, limits.block_tokens, self.cache)
-        self._planned: list[tuple[RunningRequest, VerifyRow | PrefillChunk]] = []
+        self._flights: deque[Flight] = deque()  # planned and not committed, the oldest first
         self._decided: list[tuple[int, int]] = []
 
     @property
@@ -122,9 +113,33 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step. Takes over the drafts of the requests that it verifies; without work it is a heartbeat."""
-        assert not self._planned, "the step before was never committed"
+        assert not self._flights, "the step before was never committed"
+        return self._plan(self._seats.decoding)
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the planned one, before that one is committed. None: its outcome has to be known first.
+
+        A request that goes on unless the planned step ends it gets a row, which comes to nothing if that is so.
+        """
+        (flight,) = self._flights
+        if not certain(flight.work):
+            return None
+        if not flight.counted:
+            self._count(flight)
+        going = [s for s in self._seats.decoding if s.remaining > s.computed + 1 - len(s.tokens)]
+        if not going and not self._seats.prefilling:
+            return None
+        if any(s.drafts and s.computed == len(s.tokens) for s in going):
+            return None  # whether they follow its next token is not known
+        block_tokens = self.limits.block_tokens
+        if sum(s.computed >= len(s.blocks) * block_tokens for s in going) > self.pool.free:
+            return None  # nobody gives way before it is known who has ended
+        return self._plan(going, ahead=True)
+
+    def _plan(self, decoding: list[RunningRequest], ahead: bool = False) -> StepPlan:
         self.step += 1
-        verify = self._plan_verify(self._budget_for_verify())
+        self._flights.append(Flight())
+        verify = self._plan_verify(decoding, self._budget_for_verify())
         used = sum(len(row.token_ids) for row in verify)
         self._seats.enter()
         prefill = self._plan_prefill(self.limits.step_tokens - used)
@@ -139,60 +154,74 @@ class Scheduler:
             decided=decided,
             saved=tuple((slot, kept, checkpoint) for checkpoint, (slot, kept) in moves.saved.items()),
             restored=tuple(moves.restored),
+            ahead=ahead,
             heartbeat=not verify and not prefill,
         )
 
     @property
-    def planned(self) -> Sequence[tuple[RunningRequest, VerifyRow | PrefillChunk]]:
-        """The planned step's rows with their requests, in order; a new list every step."""
-        return self._planned
-
-    def sampled_rows(self) -> list[SampledRows]:
-        """Of the planned step, for the requests whose token is not just the best one."""
-        if all(sequence.plain for sequence, _ in self._planned):
-            return []
-        found = []
-        row = 0
-        for sequence, work in self._planned:
-            count = len(work.token_ids)
-            if isinstance(work, VerifyRow):
-                if not sequence.plain:
-                    found.append(SampledRows(sequence, row, count, work.start + 1, work.token_ids[1:]))
-            else:
-                position, count = work.start + count, int(work.completes_prompt)
-                if count and not sequence.plain:
-                    found.append(SampledRows(sequence, row, count, position))
-            row += count
-        return found
+    def planned(self) -> Planned:
+        """Of the step planned last; a new list every step."""
+        return self._flights[-1].work
 
     def commit(self, samples: Sequence[int]) -> list[Progress]:
-        """Apply the planned step's outcome. samples: the target's own token for each row of its logits, in order.
+        """Apply the outcome of the oldest step planned. samples: the target's own token for each row of its logits.
 
-        A negative sample stands for no token at all: its request finishes with "error".
+        A negative sample stands for no token at all: its request finishes with "error". Requests that have left since
+        the step was planned make no progress.
         """
+        flight = self._flights.popleft()
+        counted = flight.counted
         done: list[Progress] = []
         row = logit_row = 0
         verify_only = True
-        for sequence, work in self._planned:
-            count = len(work.token_ids)
+        for sequence, work in flight.work:
+            first, first_logits = row, logit_row
+            row += len(work.token_ids)
             if isinstance(work, VerifyRow):
-                progress = self._commit_verify(sequence, work, samples, row, logit_row)
-                logit_row += count
+                logit_row = first_logits + len(work.token_ids)
             else:
                 verify_only = False
-                progress = self._commit_chunk(sequence, work, samples, row, logit_row)
                 logit_row += work.completes_prompt
-            row += count
+            if sequence.slot < 0:
+                if not counted:
+                    self._abandon(work)
+                continue
+            if isinstance(work, VerifyRow):
+                progress = self._commit_verify(sequence, work, samples, first, first_logits, counted)
+            else:
+                progress = self._commit_chunk(sequence, work, samples, first, first_logits, counted)
             done.append(progress)
             if progress.finish is not None:
                 del self._requests[sequence.key]
                 if progress.finish == "error":
                     self.cache.disown(sequence)
                 self._seats.leave(sequence)
-        if not verify_only:
+        if not verify_only and not counted:
             self._seats.promote()
-        self._planned = []
         return done
+
+    def _count(self, flight: Flight) -> None:
+        """How far a step takes its requests, before its tokens are known."""
+        flight.counted = True
+        row = 0
+        for sequence, work in flight.work:
+            sequence.awaited = row
+            row += 1 if isinstance(work, VerifyRow) else work.completes_prompt
+            if sequence.slot < 0:
+                self._abandon(work)
+            elif isinstance(work, VerifyRow):
+                self._keep(sequence, work, 1)
+                self._name(sequence, work)
+            else:
+                self._keep_chunk(sequence, work)
+        self._seats.promote()
+
+    def _abandon(self, work: VerifyRow | PrefillChunk) -> None:
+        """Its request has left; the ranks compute it all the same."""
+        if isinstance(work, VerifyRow):
+            self._decided.append((work.slot, 1))
+        elif work.checkpoint >= 0:
+            self.cache.checkpoints.give_back(work.checkpoint)
 
     # Verify rows.
 
@@ -204,8 +233,7 @@ class Scheduler:
         pending = sum(len(s.tokens) - s.computed for s in (*seats.prefilling, *seats.waiting[: seats.free_slots]))
         return budget - min(pending, budget // PREFILL_SHARE)
 
-    def _plan_verify(self, budget: int) -> list[VerifyRow]:
-        chosen = self._seats.decoding
+    def _plan_verify(self, chosen: list[RunningRequest], budget: int) -> list[VerifyRow]:
         if len(chosen) > budget:  # those that waited longest, in order
             chosen = sorted(sorted(chosen, key=lambda s: (s.last_step, s.order))[:budget], key=order_of)
         block_tokens = self.limits.block_tokens
@@ -213,17 +241,20 @@ class Scheduler:
             if sequence.slot >= 0 and sequence.computed >= len(sequence.blocks) * block_tokens:
                 self._seats.need_block(sequence)
         rows: list[VerifyRow] = []
+        planned = self._flights[-1].work
         spare = budget - len(chosen)
         for sequence in chosen:
             if sequence.slot < 0:
                 continue
             drafts = self._affordable(sequence, spare) if sequence.drafts else ()
             spare -= len(drafts)
-            row = VerifyRow(sequence.slot, sequence.computed, (sequence.tokens[-1], *drafts))
+            known = sequence.computed < len(sequence.tokens)
+            bonus = sequence.tokens[-1] if known else -1 - sequence.awaited
+            row = VerifyRow(sequence.slot, sequence.computed, (bonus, *drafts))
             sequence.drafts = ()
             sequence.last_step = self.step
             rows.append(row)
-            self._planned.append((sequence, row))
+            planned.append((sequence, row))
         return rows
 
     def _affordable(self, sequence: RunningRequest, spare: int) -> tuple[int, ...]:
@@ -240,21 +271,29 @@ class Scheduler:
         return sequence.drafts[:count]
 
     def _commit_verify(
-        self, sequence: RunningRequest, work: VerifyRow, samples: Sequence[int], row: int, logit_row: int
+        self, sequence: RunningRequest, work: VerifyRow, samples: Sequence[int], row: int, logit_row: int, counted: bool
     ) -> Progress:
         accepted = accepted_drafts(work.token_ids, samples, logit_row)
         kept = accepted + 1
         progress = Progress(sequence, row, work.start, kept, logit_row, drafted=len(work.token_ids) - 1)
+        if not counted:
+            self._keep(sequence, work, kept)
+        self._extend(progress, samples[logit_row : logit_row + kept])
+        if not counted and progress.finish != "error":
+            self._name(sequence, work)
+        progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
+        return progress
+
+    def _keep(self, sequence: RunningRequest, work: VerifyRow, kept: int) -> None:
         sequence.computed += kept
         self._decided.append((work.slot, kept))
-        self._extend(progress, samples[logit_row : logit_row + kept])
-        if sequence.computed >= sequence.name_at and progress.finish != "error" and self.cache.name(sequence):
+
+    def _name(self, sequence: RunningRequest, work: VerifyRow) -> None:
+        if sequence.computed >= sequence.name_at and self.cache.name(sequence):
             checkpoint = self.cache.move_checkpoint(sequence)
             if checkpoint is not None:
                 boundary = sequence.named * self.limits.block_tokens
                 self._seats.save(checkpoint, work.slot, boundary - work.start)
-        progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
-        return progress
 
     def _extend(self, progress: Progress, tokens: Sequence[int]) -> None:
         sequence = progress.sequence
@@ -267,6 +306,8 @@ class Scheduler:
             progress.token_ids.pop()
             progress.finish = "error"
         sequence.tokens.extend(progress.token_ids)
+        if sequence.drafts:  # they came while this step was under way
+            sequence.drafts = still_to_come(sequence.drafts, progress.token_ids)
 
     # Prefill.
 
@@ -297,19 +338,29 @@ class Scheduler:
                     end, checkpoint = split, taken
             chunk = PrefillChunk(sequence.slot, start, tuple(sequence.tokens[start:end]), end == total, checkpoint)
             chunks.append(chunk)
-            self._planned.append((sequence, chunk))
+            self._flights[-1].work.append((sequence, chunk))
             start = end
 
     def _commit_chunk(
-        self, sequence: RunningRequest, work: PrefillChunk, samples: Sequence[int], row: int, logit_row: int
+        self,
+        sequence: RunningRequest,
+        work: PrefillChunk,
+        samples: Sequence[int],
+        row: int,
+        logit_row: int,
+        counted: bool,
     ) -> Progress:
         progress = Progress(sequence, row, work.start, len(work.token_ids))
-        sequence.computed += len(work.token_ids)
         if work.completes_prompt:
             progress.logit_row = logit_row
             self._extend(progress, samples[logit_row : logit_row + 1])
-        if sequence.computed >= sequence.name_at and progress.finish != "error":
+        if not counted:
+            self._keep_chunk(sequence, work, good=progress.finish != "error")
+        return progress
+
+    def _keep_chunk(self, sequence: RunningRequest, work: PrefillChunk, good: bool = True) -> None:
+        sequence.computed += len(work.token_ids)
+        if good and sequence.computed >= sequence.name_at:
             self.cache.name(sequence)
         if work.checkpoint >= 0:
             self.cache.keep_checkpoint(sequence, work.checkpoint, sequence.computed)
-        return progress

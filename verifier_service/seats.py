@@ -78,9 +78,9 @@ class Seats:
 
     def promote(self) -> None:
         """Requests whose prompt is complete now decode."""
-        ready = [s for s in self.prefilling if s.computed == len(s.tokens) - 1]
+        ready = [s for s in self.prefilling if s.computed >= len(s.tokens) - 1]
         if ready:
-            self.prefilling = [s for s in self.prefilling if s.computed != len(s.tokens) - 1]
+            self.prefilling = [s for s in self.prefilling if s.computed < len(s.tokens) - 1]
             for sequence in ready:
                 insort(self.decoding, sequence, key=order_of)
 

@@ -24,10 +24,13 @@ def key_of(request: EngineRequest) -> Key:
 class RunningRequest:
     """tokens: prompt and all output so far, the bonus token last. computed: how many of them are in the KV cache.
 
-    While decoding, computed == len(tokens) - 1; before that, the prompt (and what a resumed or preempted request had
-    generated) is prefilled. slot -1: waiting, holds no blocks. drafts: to follow tokens[-1], set by a proposer.
+    While decoding, computed == len(tokens) - 1; or len(tokens), while a step that gives it the next token is counted
+    but not read: the token then comes from row `awaited` of that step's logits. Before that, the prompt (and what a
+    resumed or preempted request had generated) is prefilled. slot -1: waiting, holds no blocks. drafts: to follow
+    tokens[-1], set by a proposer.
     order: (priority, arrival): lower goes first. sink: where its Deltas go. shaping: what changes its logits
     before a token is taken; None = nothing. Both are opaque to the scheduler. plain: always the best token as it is.
+    needs_host: the host has to see each token before the next can be taken.
 
     For the prefix cache: hashes of its full blocks, as far as they were needed; named: how many of its blocks can be
     found by them; name_at: computed tokens at which the next one can; cached: tokens that it entered with; splits:
@@ -41,6 +44,7 @@ class RunningRequest:
     shaping: Any = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
+    awaited: int = -1
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     drafts: tuple[int, ...] = ()
@@ -54,11 +58,13 @@ class RunningRequest:
     key: Key = field(init=False)
     prompt_tokens: int = field(init=False)
     plain: bool = field(init=False)
+    needs_host: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.key = key_of(self.request)
         self.prompt_tokens = len(self.request.prompt_ids)
         self.plain = self.shaping is None and self.request.sampling.temperature < GREEDY_BELOW
+        self.needs_host = self.shaping is not None or self.request.sampling.logprobs is not None
         self.tokens = [*self.request.prompt_ids, *self.request.generated_ids]
 
     @property

@@ -11,18 +11,28 @@ from verifier_service.sequence import Progress
 class Tally:
     """Totals since the start; written by the engine's thread, read by any. Seconds are wall clock.
 
-    step_seconds = forward_seconds + draft_seconds (waiting for drafts) + host_seconds. Heartbeat steps are not counted.
+    step_seconds = forward_seconds (tokens taken included) + draft_seconds (waiting for drafts) + host_seconds, where
+    nothing runs ahead. gap_seconds: between the end of a step's forward and the beginning of the next, the device's
+    own where it has a clock. steps_ahead: launched before the step before was read; rows_in_vain: of those, verified
+    for requests that the step before had ended. Heartbeat steps are not counted.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._verify_rows = self._prefill_tokens = 0
         self._output = self._drafted = self._accepted = 0
-        self._step_s = self._forward_s = self._wait_s = 0.0
+        self._ahead = self._in_vain = 0
+        self._step_s = self._forward_s = self._wait_s = self._gap_s = 0.0
         self._finished = {"stop": 0, "length": 0, "abort": 0, "deadline": 0, "error": 0}
 
     def step(
-        self, plan: StepPlan, progress: Sequence[Progress], step_s: float, forward_s: float, wait_s: float
+        self,
+        plan: StepPlan,
+        progress: Sequence[Progress],
+        step_s: float,
+        forward_s: float,
+        wait_s: float,
+        gap_s: float,
     ) -> None:
         self._steps += 1
         self._verify_rows += len(plan.verify)
@@ -30,6 +40,9 @@ class Tally:
         self._step_s += step_s
         self._forward_s += forward_s
         self._wait_s += wait_s
+        self._gap_s += gap_s
+        self._ahead += plan.ahead
+        self._in_vain += len(plan.verify) + len(plan.prefill) - len(progress)
         for p in progress:
             self._output += len(p.token_ids)
             self._drafted += p.drafted
@@ -51,6 +64,9 @@ class Tally:
             "step_seconds": self._step_s,
             "forward_seconds": self._forward_s,
             "draft_seconds": self._wait_s,
+            "gap_seconds": self._gap_s,
+            "steps_ahead": float(self._ahead),
+            "rows_in_vain": float(self._in_vain),
             "host_seconds": self._step_s - self._forward_s - self._wait_s,
             **{f"finished_{why}": float(count) for why, count in self._finished.items()},
         }

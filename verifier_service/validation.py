@@ -95,3 +95,11 @@ def _sampling(request: EngineRequest, limits: RequestLimits) -> str | None:
     if request.deadline is not None and not math.isfinite(request.deadline):
         return f"deadline is {request.deadline}: give unix seconds, or none"
     return None
+
+
+def already_ended(request: EngineRequest) -> str | None:
+    """A resumed request may have had its last token before its engine died."""
+    generated = request.generated_ids
+    if generated and generated[-1] in request.stop_token_ids and len(generated) > request.min_new_tokens:
+        return "stop"
+    return "length" if len(generated) >= request.max_new_tokens else None

@@ -6,6 +6,7 @@ A plan that mixes up slots, blocks, positions, roll-back or recurrent commits gi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -42,13 +43,18 @@ class FakeRunner:
         self._verified: dict[int, Sequence[int]] = {}
         self._logits = table(vocabulary)
         self._taps = False
+        self._fed: list[int] = []
 
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._taps = bool(layer_ids)
 
+    def feed(self, tokens: torch.Tensor) -> None:
+        self._fed = tokens.clamp(min=0).tolist()
+
     def forward(self, plan: StepPlan) -> ForwardOutput:
         self.plans.append(plan)
         self._apply(plan)
+        plan = self._resolved(plan)
         rows: list[int] = []
         taps: list[tuple[int, int]] = []
         everything: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
@@ -68,6 +74,17 @@ class FakeRunner:
             logits=self._logits[torch.tensor(rows, dtype=torch.long)],
             taps=torch.tensor(taps, dtype=torch.float32) if self._taps and taps else None,
         )
+
+    def _resolved(self, plan: StepPlan) -> StepPlan:
+        """With the tokens themselves where the plan names rows of the step before."""
+        rows = [row for row in plan.verify if row.token_ids[0] < 0]
+        assert not rows or plan.ahead
+        assert len({row.token_ids[0] for row in rows}) == len(rows), "two requests follow one row"
+        verify = tuple(
+            VerifyRow(row.slot, row.start, tuple(t if t >= 0 else self._fed[-1 - t] for t in row.token_ids))
+            for row in plan.verify
+        )
+        return replace(plan, verify=verify)
 
     def _apply(self, plan: StepPlan) -> None:
         assert {slot for slot, _ in plan.decided} == set(self._verified), "every verify row is decided in the next plan"

@@ -12,6 +12,7 @@ from collections import Counter
 from cluster.contracts import EngineRequest
 from cluster.errors import OverloadedError
 from tests.verifier_service.fake_runner import FakeModel, FakeRunner
+from verifier_service.plan import StepPlan
 from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import RunningRequest
 
@@ -22,9 +23,22 @@ SALTS = ("", "red", "blue")
 
 
 class Soak:
-    """One scheduler's life. counts: what happened. Text is compared with the model's own at each request's end."""
+    """One scheduler's life. counts: what happened. Text is compared with the model's own at each request's end.
 
-    def __init__(self, seed: int, checkpoints: int | None, *, slots: int = 6, blocks: int = 24, step_tokens: int = 24):
+    ahead: steps are planned before the one before is committed, where that is possible; requests are drafted for in
+    some stretches of steps only.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        checkpoints: int | None,
+        *,
+        slots: int = 6,
+        blocks: int = 24,
+        step_tokens: int = 24,
+        ahead: bool = False,
+    ):
         self.random = random.Random(seed)
         self.limits = SchedulerLimits(slots, blocks, 4, step_tokens, 4, checkpoints=checkpoints)
         self.scheduler = Scheduler(self.limits)
@@ -33,6 +47,8 @@ class Soak:
         self.features: set[bytes] = set()  # pages beside named blocks, as a feature store keeps them
         self._texts: dict[str, list[list[int]]] = {salt: [] for salt in SALTS}
         self._names = 0
+        self._ahead = ahead
+        self._unread: list[int] | None = None  # samples of a step that is not committed yet
 
     def run(self, events: int) -> None:
         for _ in range(events):
@@ -49,7 +65,7 @@ class Soak:
     def drain(self) -> None:
         """To the end of every request, and a last plan, as a heartbeat makes it."""
         for _ in range(3000):
-            if not len(self.scheduler):
+            if not len(self.scheduler) and self._unread is None:
                 break
             self._step()
             self.check()
@@ -66,7 +82,17 @@ class Soak:
         output = self.random.randint(1, OUTPUT)
         generated = MODEL.greedy(ids, self.random.randrange(output)) if self.random.random() < 0.2 else []
         priority = self.random.choice((0, 0, 0, 1))
-        request = EngineRequest(name, tuple(ids), 1, output, 0, tuple(generated), cache_salt=salt, priority=priority)
+        stops = frozenset(MODEL.greedy(ids, OUTPUT)[-OUTPUT // 2 :][:1]) if self.random.random() < 0.3 else frozenset()
+        request = EngineRequest(
+            name,
+            tuple(ids),
+            1,
+            output,
+            generated_ids=tuple(generated),
+            stop_token_ids=stops - set(generated),
+            cache_salt=salt,
+            priority=priority,
+        )
         try:
             self.scheduler.add(request)
         except OverloadedError:
@@ -88,12 +114,30 @@ class Soak:
         return ids or [1]
 
     def _step(self) -> None:
+        if self._unread is None:
+            self._draft()
+            self._forward(self.scheduler.plan())
+            if self._ahead:
+                return
+        unread, self._unread = self._unread, None
+        if self._ahead and (plan := self.scheduler.plan_ahead()) is not None:
+            self.counts["ahead"] += 1
+            self._forward(plan)
+        assert unread is not None
+        self._commit(unread)
+        if self.random.random() < 0.1:
+            self._draft()  # late ones, for requests whose next token may be under way
+
+    def _draft(self) -> None:
+        if self._ahead and self.counts["steps"] // 16 % 2:
+            return
         for sequence in self.scheduler.requests():
             if sequence.slot >= 0 and sequence.computed == len(sequence.tokens) - 1:
                 guesses = MODEL.greedy(sequence.tokens, self.random.randrange(8))
                 right = self.random.choice((0.0, 0.6, 1.0))
                 sequence.drafts = tuple(g if self.random.random() < right else (g + 1) % 64 for g in guesses)
-        plan = self.scheduler.plan()
+
+    def _forward(self, plan: StepPlan) -> None:
         self.counts["steps"] += 1
         self.counts["restored"] += len(plan.restored)
         self.counts["saved"] += len(plan.saved) + sum(chunk.checkpoint >= 0 for chunk in plan.prefill)
@@ -103,7 +147,12 @@ class Soak:
         assert all(chunk.token_ids for chunk in plan.prefill)
         logits = self.runner.forward(plan).logits
         assert logits is not None
-        for progress in self.scheduler.commit(logits.argmax(-1).tolist()):
+        samples = logits.argmax(-1)
+        self.runner.feed(samples)
+        self._unread = samples.tolist()
+
+    def _commit(self, samples: list[int]) -> None:
+        for progress in self.scheduler.commit(samples):
             sequence = progress.sequence
             filled = progress.start // 4, (progress.start + progress.kept) // 4
             self.features.update(sequence.hashes[slice(*filled)])
@@ -114,6 +163,9 @@ class Soak:
         self.counts["finished"] += 1
         request = sequence.request
         text = MODEL.greedy(request.prompt_ids, request.max_new_tokens)
+        ends = [at + 1 for at, token in enumerate(text) if token in request.stop_token_ids]
+        text = text[: ends[0] if ends else None]
+        self.counts["stopped"] += len(text) < request.max_new_tokens
         assert sequence.tokens == [*request.prompt_ids, *text], "a hit changed the text"
         known = self._texts[request.cache_salt]
         known.append(sequence.tokens)
@@ -133,7 +185,7 @@ class Soak:
         assert pool.free == limits.blocks - len(owned)
         slots = [sequence.slot for sequence in held if sequence.slot >= 0]
         assert len(slots) == len(set(slots)) == scheduler.running <= limits.slots
-        assert checkpoints.taken == 0, "a checkpoint is written to by no step"
+        assert self._unread is not None or checkpoints.taken == 0, "a checkpoint is written to by no step"
         assert 0 <= checkpoints.kept <= checkpoints.total
         moving = [sequence.moving for sequence in held if sequence.moving is not None]
         assert len(moving) == len(set(moving)) <= checkpoints.total // 2

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cluster.contracts import EngineRequest
 from cluster.errors import OverloadedError
 from tests.verifier_service.fake_runner import FakeModel, FakeRunner
+from verifier_service.flight import sampled_rows
 from verifier_service.plan import StepPlan
 from verifier_service.scheduler import Scheduler, SchedulerLimits
 from verifier_service.sequence import Progress
@@ -76,10 +77,12 @@ def test_matched_counts_drafts_that_a_stop_token_cut_off():
 class RandomEvents(RuleBasedStateMachine):
     """Requests come, step with drafts of any quality, and are aborted at any moment."""
 
+    loop_type = Loop
+
     @initialize(seed=st.integers(0, 1 << 30), step_tokens=st.sampled_from([2, 5, 16, 64]))
     def begin(self, seed: int, step_tokens: int) -> None:
         self.random = random.Random(seed)
-        self.loop = Loop(SchedulerLimits(4, 12, 4, step_tokens, 5))
+        self.loop = self.loop_type(SchedulerLimits(4, 12, 4, step_tokens, 5))
         self.requests: dict[str, EngineRequest] = {}
         self.aborted: set[str] = set()
 
@@ -280,7 +283,7 @@ def test_rows_of_sampled_requests_carry_their_absolute_positions():
     loop.add(request("greedy", prompt=3))
     loop.add(request("sampled", prompt=5, sampling=SamplingParams(temperature=1.0)))
     loop.scheduler.plan()
-    (rows,) = loop.scheduler.sampled_rows()
+    (rows,) = sampled_rows(loop.scheduler.planned)
     assert (rows.sequence.request.request_id, rows.row, rows.count, rows.position) == ("sampled", 1, 1, 5)
 
 

@@ -13,12 +13,15 @@ from verifier_service.scheduler import Scheduler, SchedulerLimits
 KINDS = [None, 0, 1, 2, 6, 40]  # checkpoints; None: a target without recurrent state
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("checkpoints", KINDS)
-def test_random_events_leak_no_block_slot_checkpoint_or_feature_page_and_a_hit_equals_a_miss(checkpoints):
-    soak = Soak(7, checkpoints)
+def test_random_events_leak_no_block_slot_checkpoint_or_feature_page_and_a_hit_equals_a_miss(checkpoints, ahead):
+    soak = Soak(7, checkpoints, ahead=ahead)
     soak.run(700)
     soak.drain()
     cache = soak.scheduler.cache
+    assert (soak.counts["ahead"] > soak.counts["steps"] // 4) == ahead
+    assert soak.counts["stopped"] > 0
     assert soak.scheduler.preemptions > 0
     assert (cache.hit_tokens > 0) == (checkpoints != 0)
     assert (soak.counts["restored"] > 0) == bool(checkpoints)
@@ -46,11 +49,14 @@ def test_a_burst_that_wants_more_checkpoints_than_there_are_plans_no_empty_chunk
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("checkpoints", [None, 1, 6, 40])
-def test_a_hundred_thousand_random_events(checkpoints, capsys):
+def test_a_hundred_thousand_random_events(checkpoints, ahead, capsys):
     total = None
     for seed in range(20):
-        soak = Soak(seed, checkpoints, slots=3 + seed % 6, blocks=21 + seed, step_tokens=(3, 16, 24, 100)[seed % 4])
+        soak = Soak(
+            seed, checkpoints, slots=3 + seed % 6, blocks=21 + seed, step_tokens=(3, 16, 24, 100)[seed % 4], ahead=ahead
+        )
         soak.run(5000)
         soak.drain()
         cache = soak.scheduler.cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from verifier_service.flight import SampledRows
 from verifier_service.grammar.masks import NO_MASKS, MaskFiller, Masks
-from verifier_service.scheduler import SampledRows
 from verifier_service.sequence import Key, Progress, RunningRequest
 
 

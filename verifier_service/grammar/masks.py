@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from llguidance import LLExecutor
 
-from verifier_service.scheduler import SampledRows
+from verifier_service.flight import SampledRows
 
 Masks = dict[int, torch.Tensor]  # by a request's first row of the logits: int32 [rows, words], as Edits.allowed
 NO_MASKS: Masks = {}

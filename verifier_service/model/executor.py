@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
+
 from verifier_service.model.face import ForwardOutput
 from verifier_service.plan import StepPlan
 
@@ -21,5 +23,8 @@ class Executor(Protocol):
     def counters(self) -> Mapping[str, float]:
         """Since the start: see face.Runner."""
 
-    def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
-        """All that a plan says, in its order. taps: layers whose outputs are returned, on rank 0."""
+    def execute(self, plan: StepPlan, taps: Sequence[int], taken: torch.Tensor | None) -> ForwardOutput:
+        """All that a plan says, in its order. taps: layers whose outputs are returned, on rank 0.
+
+        taken: int64 [rows of the step before's logits], the tokens taken there, for a plan that is `ahead`; else None.
+        """

@@ -15,7 +15,8 @@ from verifier_service.plan import StepPlan
 class ModelShape:
     """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank.
 
-    checkpoints: of recurrent state, that a plan may name; None for a target without recurrent state.
+    checkpoints: of recurrent state, that a plan may name; None for a target without recurrent state. device: of what a
+    forward returns.
     """
 
     vocabulary: int
@@ -23,6 +24,7 @@ class ModelShape:
     max_context: int
     kv_bytes_per_token: int
     checkpoints: int | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ForwardOutput:
     logits: float32 [verify tokens + completed prompts, vocabulary], verify tokens in order, then one row per
         chunk that completes its prompt; on rank 0 only, None elsewhere.
     taps: [all tokens of the plan, taps x hidden], on rank 0 only and only if the runner was built with taps.
+
+    On a GPU it may still be computing them. They stay as they are until the forward after the next one.
     """
 
     logits: torch.Tensor | None
@@ -44,7 +48,13 @@ class Runner(Protocol):
     shape: ModelShape
 
     def forward(self, plan: StepPlan) -> ForwardOutput:
-        """Execute a plan, commit of `decided` included. Blocks until the result is there."""
+        """Execute a plan, commit of `decided` included. Does not wait for a GPU."""
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """On rank 0, after a forward and before one whose plan is `ahead`: the tokens taken from its logits.
+
+        int64 [rows of the logits], on the runner's device, none below 0; not to be changed any more.
+        """
 
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         """0-based layer outputs to return as taps; empty = none (plain decoding pays nothing for taps)."""

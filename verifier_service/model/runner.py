@@ -26,6 +26,7 @@ from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
 from verifier_service.model.kv_storage import KvStorage
 from verifier_service.model.loading import load_rank
+from verifier_service.model.taken import TakenTokens
 from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
@@ -105,7 +106,9 @@ class TargetRunner:
             max_context=limit,
             kv_bytes_per_token=self._executor.cache_bytes // (num_blocks * block_tokens),
             checkpoints=checkpoints,
+            device=device,
         )
+        self._taken = TakenTokens(self._ranks, device)
         self._taps: tuple[int, ...] = ()
         self.set_taps(taps)
 
@@ -121,14 +124,21 @@ class TargetRunner:
         """As face.Runner has it."""
         return {**self._executor.counters}
 
+    def feed(self, tokens: torch.Tensor) -> None:
+        """As face.Runner has it."""
+        self._taken.put(tokens)
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> ForwardOutput:
-        """Execute a plan, commit of `decided` included. Blocks until the result is there.
+        """Execute a plan, commit of `decided` included. Collective; does not wait for a GPU.
 
         Raises RuntimeError for a plan that contradicts the slots' state (a bug of the planner).
         """
         self._account(plan)
-        return self._executor.execute(plan, self._taps)
+        output = self._executor.execute(plan, self._taps, self._taken.everywhere() if plan.ahead else None)
+        if self._ranks.rank > 0:
+            self._taken.expect(plan)
+        return output
 
     def _account(self, plan: StepPlan) -> None:
         for slot, kept, checkpoint in plan.saved:

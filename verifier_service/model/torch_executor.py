@@ -15,6 +15,7 @@ from verifier_service.model.loading import RankModel
 from verifier_service.model.recurrent_state import RecurrentStates, Replay
 from verifier_service.model.rotary import RotaryTable
 from verifier_service.model.step import StepBuilder
+from verifier_service.model.taken import filled
 from verifier_service.plan import StepPlan
 
 
@@ -52,13 +53,14 @@ class TorchExecutor:
             device=storage.device,
         )
 
-    def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
+    def execute(self, plan: StepPlan, taps: Sequence[int], taken: torch.Tensor | None) -> ForwardOutput:
         self._apply(plan)
         if not plan.verify and not plan.prefill:
             return ForwardOutput(self._no_logits() if self._first else None, None)
         step = self._builder.build(plan)
         rope = self._rotary.rows(step.positions, step.longest_context)
-        hidden = self._model.embedding.index_select(0, step.token_ids)[None]
+        token_ids = step.token_ids if taken is None else filled(step.token_ids, taken)
+        hidden = self._model.embedding.index_select(0, token_ids)[None]
         tapped: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self._model.layers):
             hidden = touchpoints.run_layer(layer, hidden, rope, step)

@@ -32,6 +32,12 @@ class Proposer(Protocol):
     def tap_layers(self) -> tuple[int, ...]:
         """Target layers whose outputs `advance` needs; empty = none."""
 
+    def resting(self) -> bool:
+        """Whether the step under way will not be drafted upon, so that the next can be planned before its outcome.
+
+        A wrong answer costs speed only: drafts for a request that is under way are used where they still fit.
+        """
+
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         """Take the step's outcome and start drafting. taps: [tokens of the step, taps x hidden]."""
 

@@ -11,6 +11,7 @@ import torch
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAnswer, DraftAsk
+from verifier_service.acceptance import still_to_come
 from verifier_service.block_hashes import BlockHash
 from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
@@ -58,6 +59,14 @@ class LinkProposer:
     @property
     def tap_layers(self) -> tuple[int, ...]:
         return tuple(self._fuser.target_layer_ids)
+
+    def resting(self) -> bool:
+        state = self._link.state
+        if not state.linked or self._max_draft_tokens == 0:
+            return True
+        if not self._patience.may_ask(time.monotonic()):
+            return True
+        return self._control is not None and self._control.rests(self._requests)
 
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         state = self._link.state
@@ -224,7 +233,4 @@ def _still_useful(answer: DraftAnswer, sequence: RunningRequest) -> tuple[int, .
         return ()  # preempted meanwhile
     if answer.base == sequence.computed:
         return answer.token_ids
-    since = tuple(sequence.tokens[answer.base + 1 :])
-    if answer.token_ids[: len(since)] != since:
-        return ()
-    return answer.token_ids[len(since) :]
+    return still_to_come(answer.token_ids, sequence.tokens[answer.base + 1 :])

@@ -16,6 +16,9 @@ class NoProposer:
 
     tap_layers: tuple[int, ...] = ()
 
+    def resting(self) -> bool:
+        return True
+
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         """Nothing to do."""
 

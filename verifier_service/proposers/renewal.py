@@ -36,6 +36,11 @@ class Renewal:
             self._delay_s = FIRST_DELAY_S
         threading.Thread(target=self._run, args=(ended(failed),), name="renew-drafting", daemon=True).start()
 
+    @property
+    def ready(self) -> bool:
+        """Whether a successor waits to be taken."""
+        return self._built is not None
+
     def take(self) -> Proposer | None:
         """The successor, once, when it has been built."""
         if self._built is None:

@@ -18,6 +18,11 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
 
     NO_TOKEN where the logits are not finite; such a row changes no other.
     """
+    return decide(logits, draws).tolist()
+
+
+def decide(logits: torch.Tensor, draws: Sequence[Draw] = ()) -> torch.Tensor:
+    """As sample, int64 [rows] on the logits' device."""
     edited = [draw for draw in draws if draw.edits is not None]
     tokens, broken = _decide(logits, [draw for draw in draws if draw.edits is None] if edited else draws)
     if edited:
@@ -26,7 +31,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw] = ()) -> list[int]:
         own_tokens, own_broken = _decide_edited(logits.index_select(0, rows), edited)
         tokens.index_copy_(0, rows, own_tokens)
         broken[rows] |= own_broken
-    return tokens.masked_fill_(broken, NO_TOKEN).tolist()
+    return tokens.masked_fill_(broken, NO_TOKEN)
 
 
 def _decide_edited(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,12 +9,12 @@ import torch
 from msgspec import structs
 
 from cluster.contracts import EngineRequest
+from verifier_service.flight import SampledRows
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.grammar.masks import NO_MASKS, Masks
 from verifier_service.sampling.draw import Draw
 from verifier_service.sampling.edits import Edits, mask_only
 from verifier_service.sampling.token_table import TokenTable, has_edits
-from verifier_service.scheduler import SampledRows
 
 
 class Shaping:

@@ -83,7 +83,9 @@ class KernelExecutor:
         self._graphs = StepGraphs(self._run_bucket, self._device)
         self._graphs.capture_all(found)
 
-    def execute(self, plan: StepPlan, taps: Sequence[int]) -> ForwardOutput:
+    def execute(self, plan: StepPlan, taps: Sequence[int], taken: torch.Tensor | None) -> ForwardOutput:
+        if taken is not None:
+            self._taken[: len(taken)].copy_(taken)
         work: list[VerifyRow | PrefillChunk] = [*plan.verify, *plan.prefill]
         rows = sum(len(item.token_ids) for item in work)
         longest = max((item.start + len(item.token_ids) for item in work), default=0)

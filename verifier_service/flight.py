@@ -1,0 +1,69 @@
+"""A step between its plan and its outcome, and what can be said of it before the outcome is known. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from verifier_service.plan import PrefillChunk, VerifyRow
+from verifier_service.sequence import RunningRequest
+
+Planned = Sequence[tuple[RunningRequest, VerifyRow | PrefillChunk]]  # a step's rows with their requests, in order
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """counted: how far its rows take their requests is in their `computed` already; their tokens are still to come."""
+
+    work: list[tuple[RunningRequest, VerifyRow | PrefillChunk]] = field(default_factory=list)
+    counted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Rows row .. row + count - 1 of the step's logits, of one request; row + i decides position `position` + i.
+
+    Row + i follows the request's tokens and drafts[:i].
+    """
+
+    sequence: RunningRequest
+    row: int
+    count: int
+    position: int
+    drafts: tuple[int, ...] = ()
+
+
+def sampled_rows(work: Planned) -> list[SampledRows]:
+    """For the requests whose token is not just the best one."""
+    if all(sequence.plain for sequence, _ in work):
+        return []
+    found = []
+    row = 0
+    for sequence, item in work:
+        count = len(item.token_ids)
+        if isinstance(item, VerifyRow):
+            if not sequence.plain:
+                found.append(SampledRows(sequence, row, count, item.start + 1, item.token_ids[1:]))
+        else:
+            position, count = item.start + count, int(item.completes_prompt)
+            if count and not sequence.plain:
+                found.append(SampledRows(sequence, row, count, position))
+        row += count
+    return found
+
+
+def certain(work: Planned) -> bool:
+    """Whether it is known before the outcome where every request of a step will stand, save for its next token.
+
+    It is not with drafts, which may stand or fall, nor where the host has to see a token before it can say how the
+    next is taken. A request that has left meanwhile stands in nobody's way.
+    """
+    for sequence, item in work:
+        if sequence.slot < 0:
+            continue
+        if isinstance(item, VerifyRow):
+            if len(item.token_ids) > 1 or sequence.needs_host:
+                return False
+        elif item.completes_prompt and sequence.needs_host:
+            return False
+    return True
