@@ -27,6 +27,10 @@ class NullRunner:
         self._logits = torch.eye(VOCABULARY).roll(1, dims=1)
         self._features = torch.zeros(1 << 16, HIDDEN)
         self._taps = False
+        self._taken = torch.empty(0, dtype=torch.long)
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        self._taken = tokens
 
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._taps = bool(layer_ids)
@@ -35,7 +39,10 @@ class NullRunner:
         rows = [token for row in plan.verify for token in row.token_ids]
         tokens = len(rows) + sum(len(chunk.token_ids) for chunk in plan.prefill)
         rows += [chunk.token_ids[-1] for chunk in plan.prefill if chunk.completes_prompt]
-        logits = self._logits.index_select(0, torch.tensor(rows, dtype=torch.long))
+        ids = torch.tensor(rows, dtype=torch.long)
+        if plan.ahead:
+            ids = torch.where(ids < 0, self._taken[(-1 - ids).clamp(min=0)], ids)
+        logits = self._logits.index_select(0, ids)
         return ForwardOutput(logits, self._features[:tokens] if self._taps else None)
 
 

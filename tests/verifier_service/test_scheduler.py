@@ -77,7 +77,7 @@ def test_matched_counts_drafts_that_a_stop_token_cut_off():
 class RandomEvents(RuleBasedStateMachine):
     """Requests come, step with drafts of any quality, and are aborted at any moment."""
 
-    loop_type = Loop
+    loop_type: type[Loop] = Loop
 
     @initialize(seed=st.integers(0, 1 << 30), step_tokens=st.sampled_from([2, 5, 16, 64]))
     def begin(self, seed: int, step_tokens: int) -> None:

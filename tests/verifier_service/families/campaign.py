@@ -15,6 +15,7 @@ from tests.verifier_service.families.rows import ROWS
 from tests.verifier_service.families.schedule import prompts
 from tests.verifier_service.families.verdict import CLOSE, TIE, Judge, Verdict, texts
 
+AHEAD = (3, 4)  # of five schedules
 SOCKETS = "qwen3_moe"  # its ranks talk as those on two hosts do
 
 
@@ -48,7 +49,17 @@ def prove(
         for text_seed in text_seeds:
             said = texts(model, prompts(text_seed))
             jobs += [
-                Job(name, root / name, text_seed, said, seed, size, sockets=name == SOCKETS, deterministic=mode)
+                Job(
+                    name,
+                    root / name,
+                    text_seed,
+                    said,
+                    seed,
+                    size,
+                    sockets=name == SOCKETS,
+                    deterministic=mode,
+                    ahead=seed % 5 in AHEAD,
+                )
                 for mode, seeds in ((False, schedules), (True, deterministic or {}))
                 for size in row.sizes
                 for seed in seeds.get(size, ())
@@ -130,7 +141,8 @@ EXPLANATION = f"""\
 `python -m tests.verifier_service.families` writes this page. For every family it builds a tiny target with random
 weights and the family's features, in the layout that its checkpoints are published in, and runs the engine over it
 under random schedules: several requests at once with little of their prompts in a step, drafts that are right up to a
-random point and of a random number for each request and step, too few KV blocks, requests that are aborted and resume
+random point and of a random number for each request and step (two of five schedules have stretches without drafts, in
+which steps are launched before the one before is read), too few KV blocks, requests that are aborted and resume
 from what they had, prompts that begin as others do.
 
 *Exact*: every request's greedy text is that of transformers' `generate`, token for token, and the logits of every token

@@ -39,7 +39,8 @@ CHECKPOINT_BYTES = 100_000  # a few states of a prefix
 class Job:
     """A schedule over one target on `size` ranks. sockets: the ranks talk as those on two hosts do.
 
-    deterministic: as TargetRunner takes it.
+    deterministic: as TargetRunner takes it. ahead: steps are launched before the one before is read, in stretches
+    without drafts.
     """
 
     row: str
@@ -50,6 +51,7 @@ class Job:
     size: int
     sockets: bool = False
     deterministic: bool = False
+    ahead: bool = False
 
     @property
     def name(self) -> str:
@@ -104,7 +106,8 @@ def run(job: Job, rank: int = 0, group: dist.ProcessGroup | None = None) -> Outc
     if rank == 0:
         shape = runner.shape
         info = EngineInfo("engine", "fingerprint", shape.max_context, shape.vocabulary, SLOTS, 8)
-        engine = Engine(watched, limits, info, proposer=Adversary(client, watched, job.seed), channel=channel)
+        adversary = Adversary(client, watched, job.seed, rests=job.ahead)
+        engine = Engine(watched, limits, info, proposer=adversary, channel=channel, runs_ahead=job.ahead)
         client.begin(engine)
         engine.start()
         finished = client.done.wait(PATIENCE_S)

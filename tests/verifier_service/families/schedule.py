@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ OUTPUT = 24
 MOST_DRAFTS = 7
 BLOCK_TOKENS = 4
 SLOTS = 4
+DRAFTED, RESTED = 12, 8  # steps
 TAPS = (1, 0)  # in this order
 
 Texts = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # prompt and what the target says after it
@@ -88,18 +90,26 @@ def asks(texts: Texts, seed: int) -> list[Ask]:
 
 
 class Watched:
-    """A runner that remembers the last output, for whoever looks at it between two steps."""
+    """A runner that remembers the outputs of the last two steps, one of which may not be read yet."""
 
     def __init__(self, runner: Runner):
         self._runner = runner
         self.shape: ModelShape = runner.shape
-        self.last = ForwardOutput(None, None)
+        self._last: deque[ForwardOutput] = deque(maxlen=2)
         self.spoke = False  # has ever given logits or taps
 
     def forward(self, plan: StepPlan) -> ForwardOutput:
-        self.last = self._runner.forward(plan)
-        self.spoke |= self.last.logits is not None or self.last.taps is not None
-        return self.last
+        output = self._runner.forward(plan)
+        self.spoke |= output.logits is not None or output.taps is not None
+        self._last.append(output)
+        return output
+
+    def logits_beside(self, taps: torch.Tensor) -> torch.Tensor:
+        """Of the step that these taps are from."""
+        return next(output.logits for output in self._last if output.taps is taps and output.logits is not None)
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        self._runner.feed(tokens)
 
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._runner.set_taps(layer_ids)
@@ -188,19 +198,25 @@ class Client:
 
 
 class Adversary(NoProposer):
-    """Drafts 0..7 tokens for every request and step, right up to a random point; keeps what the target computed."""
+    """Drafts 0..7 tokens for every request and step, right up to a random point; keeps what the target computed.
+
+    rests: there are stretches of steps without drafts.
+    """
 
     tap_layers = TAPS
 
-    def __init__(self, client: Client, runner: Watched, seed: int):
-        self._client, self._runner = client, runner
+    def __init__(self, client: Client, runner: Watched, seed: int, rests: bool):
+        self._client, self._runner, self._rests = client, runner, rests
+        self._steps = 0
         self._random = random.Random(seed + 2)
         self._ready: list[Progress] = []
 
+    def resting(self) -> bool:
+        return self._rests and self._steps % (DRAFTED + RESTED) >= DRAFTED
+
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
-        logits = self._runner.last.logits
         assert taps is not None
-        assert logits is not None
+        logits = self._runner.logits_beside(taps)
         for p in progress:
             name = p.sequence.request.request_id
             first = p.sequence.generated - len(p.token_ids)
@@ -212,7 +228,8 @@ class Adversary(NoProposer):
         self._ready = [p for p in progress if p.token_ids and not p.finish]
 
     def collect(self) -> float:
-        for p in self._ready:
+        self._steps += 1
+        for p in [] if self.resting() else self._ready:
             text = self._client.text_of(p.sequence.request.request_id)
             count = self._random.randint(0, MOST_DRAFTS)
             drafts = list(text[p.sequence.generated :][:count])

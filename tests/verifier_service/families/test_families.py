@@ -14,7 +14,7 @@ from tests.verifier_service.families.schedule import asks
 from tests.verifier_service.families.verdict import CLOSE
 from verifier_service.model import touchpoints
 
-SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}  # by ranks; few blocks and small steps among them
+SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}  # by ranks; few blocks and small steps among them; 3 and 4 run ahead
 DETERMINISTIC_SEEDS = {1: (0, 4), 2: (3,), 4: (6,)}
 CASES = [(name, size) for name, row in ROWS.items() for size in row.sizes]
 PATIENCE_S = 280.0
@@ -74,6 +74,7 @@ def test_the_schedules_preempt_abort_resume_reject_and_find_prefixes(proofs):
         assert all(c["drafted_tokens"] > c["accepted_tokens"] + 5 > 25 for c in counters), case
         assert any(ask.aborts_at is not None and ask.resumes for ask in asked), case
         assert any(ask.stops for ask in asked), case
+        assert all((proof.outcomes[0].counters["steps_ahead"] > 8) == proof.job.ahead for proof in found), case
 
 
 @pytest.mark.parametrize("name", ROWS)
