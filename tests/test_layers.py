@@ -77,6 +77,7 @@ POLICY = (
     "verifier_service/blocks.py",
     "verifier_service/config.py",
     "verifier_service/deadlines.py",
+    "verifier_service/flight.py",
     "verifier_service/health.py",
     "verifier_service/plan.py",
     "verifier_service/proposers/patience.py",
