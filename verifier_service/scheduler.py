@@ -211,7 +211,8 @@ class Scheduler:
                 self._abandon(work)
             elif isinstance(work, VerifyRow):
                 self._keep(sequence, work, 1)
-                self._name(sequence, work)
+                if sequence.computed >= sequence.name_at:
+                    self._name(sequence, work)
             else:
                 self._keep_chunk(sequence, work)
         self._seats.promote()
@@ -246,12 +247,13 @@ class Scheduler:
         for sequence in chosen:
             if sequence.slot < 0:
                 continue
-            drafts = self._affordable(sequence, spare) if sequence.drafts else ()
-            spare -= len(drafts)
-            known = sequence.computed < len(sequence.tokens)
-            bonus = sequence.tokens[-1] if known else -1 - sequence.awaited
-            row = VerifyRow(sequence.slot, sequence.computed, (bonus, *drafts))
-            sequence.drafts = ()
+            tokens, computed, drafts = sequence.tokens, sequence.computed, sequence.drafts
+            bonus = tokens[-1] if computed < len(tokens) else -1 - sequence.awaited
+            if drafts:
+                drafts = self._affordable(sequence, spare)
+                spare -= len(drafts)
+                sequence.drafts = ()
+            row = VerifyRow(sequence.slot, computed, (bonus, *drafts))
             sequence.last_step = self.step
             rows.append(row)
             planned.append((sequence, row))
@@ -259,29 +261,36 @@ class Scheduler:
 
     def _affordable(self, sequence: RunningRequest, spare: int) -> tuple[int, ...]:
         """As many drafts as budget, output limit and free blocks allow: nobody is preempted for drafts."""
-        count = min(len(sequence.drafts), spare, sequence.remaining - 1)
-        if count <= 0:
-            return ()
+        drafts = sequence.drafts
+        count = len(drafts)
+        most = min(spare, sequence.longest - len(sequence.tokens) - 1)
         block_tokens = self.limits.block_tokens
         room = len(sequence.blocks) * block_tokens - sequence.computed - 1
+        if count <= most and count <= room:
+            return drafts
+        count = min(count, most)
+        if count <= 0:
+            return ()
         if count > room:
             blocks = min(-(-(count - room) // block_tokens), self.pool.free)
             self._seats.grow(sequence, blocks)
             count = min(count, room + blocks * block_tokens)
-        return sequence.drafts[:count]
+        return drafts[:count]
 
     def _commit_verify(
         self, sequence: RunningRequest, work: VerifyRow, samples: Sequence[int], row: int, logit_row: int, counted: bool
     ) -> Progress:
-        accepted = accepted_drafts(work.token_ids, samples, logit_row)
+        ids = work.token_ids
+        accepted = accepted_drafts(ids, samples, logit_row) if len(ids) > 1 else 0
         kept = accepted + 1
-        progress = Progress(sequence, row, work.start, kept, logit_row, drafted=len(work.token_ids) - 1)
+        tokens = list(samples[logit_row : logit_row + kept])
+        progress = Progress(sequence, row, work.start, kept, logit_row, tokens, len(ids) - 1, accepted)
         if not counted:
             self._keep(sequence, work, kept)
-        self._extend(progress, samples[logit_row : logit_row + kept])
-        if not counted and progress.finish != "error":
+        self._extend(progress)
+        if not counted and progress.finish != "error" and sequence.computed >= sequence.name_at:
             self._name(sequence, work)
-        progress.matched, progress.accepted = accepted, min(accepted, len(progress.token_ids))
+        progress.accepted = min(accepted, len(tokens))
         return progress
 
     def _keep(self, sequence: RunningRequest, work: VerifyRow, kept: int) -> None:
@@ -289,25 +298,28 @@ class Scheduler:
         self._decided.append((work.slot, kept))
 
     def _name(self, sequence: RunningRequest, work: VerifyRow) -> None:
-        if sequence.computed >= sequence.name_at and self.cache.name(sequence):
+        """Its blocks that are full now, of which there is one at least."""
+        if self.cache.name(sequence):
             checkpoint = self.cache.move_checkpoint(sequence)
             if checkpoint is not None:
                 boundary = sequence.named * self.limits.block_tokens
                 self._seats.save(checkpoint, work.slot, boundary - work.start)
 
-    def _extend(self, progress: Progress, tokens: Sequence[int]) -> None:
-        sequence = progress.sequence
+    def _extend(self, progress: Progress) -> None:
+        """By its token_ids, which lose what comes after the output's end."""
+        sequence, tokens = progress.sequence, progress.token_ids
         request = sequence.request
-        count, progress.finish = cut(
-            tokens, sequence.generated, request.stop_token_ids, request.min_new_tokens, request.max_new_tokens
-        )
-        progress.token_ids = list(tokens[:count])
-        if progress.token_ids[-1] < 0:  # drafts are never negative, so that it can only be the last
-            progress.token_ids.pop()
+        if request.stop_token_ids or len(sequence.tokens) + len(tokens) >= sequence.longest:
+            count, progress.finish = cut(
+                tokens, sequence.generated, request.stop_token_ids, request.min_new_tokens, request.max_new_tokens
+            )
+            del tokens[count:]
+        if tokens[-1] < 0:  # drafts are never negative, so that it can only be the last
+            tokens.pop()
             progress.finish = "error"
-        sequence.tokens.extend(progress.token_ids)
+        sequence.tokens += tokens
         if sequence.drafts:  # they came while this step was under way
-            sequence.drafts = still_to_come(sequence.drafts, progress.token_ids)
+            sequence.drafts = still_to_come(sequence.drafts, tokens)
 
     # Prefill.
 
@@ -352,8 +364,8 @@ class Scheduler:
     ) -> Progress:
         progress = Progress(sequence, row, work.start, len(work.token_ids))
         if work.completes_prompt:
-            progress.logit_row = logit_row
-            self._extend(progress, samples[logit_row : logit_row + 1])
+            progress.logit_row, progress.token_ids = logit_row, [samples[logit_row]]
+            self._extend(progress)
         if not counted:
             self._keep_chunk(sequence, work, good=progress.finish != "error")
         return progress
