@@ -37,7 +37,21 @@ class Draw:
 
 def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
     """Their row numbers and tokens, both int64 [sampled rows]. At least one draw, none greedy."""
-    device = logits.device
+    rows, wanted = wanted_rows(draws, logits.device)
+    own = logits if len(rows) == logits.shape[0] else logits.index_select(0, rows)
+    if own.is_cuda:
+        from verifier_service.sampling.kernel_draw import draw_by_kernels  # brings triton
+
+        return rows, draw_by_kernels(own, wanted)
+    tokens = torch.empty_like(rows)
+    ordered = (wanted.top_k > 0) | (wanted.top_p < 1.0)  # truncation that takes an order of the tokens
+    _fill(tokens, own, wanted, (~ordered).nonzero()[:, 0], _from_all)
+    _fill(tokens, own, wanted, ordered.nonzero()[:, 0], _from_kept)
+    return rows, tokens
+
+
+def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tensor, WantedRows]:
+    """The row numbers int64 [sampled rows], and how each is sampled; on `device`."""
     counts = torch.tensor([draw.count for draw in draws])
     within = torch.cat([torch.arange(draw.count) for draw in draws])
 
@@ -50,51 +64,57 @@ def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor
         spread([draw.choice for draw in draws]),
         spread([draw.position for draw in draws]) + within,
     )
-    wanted = _Rows(
+    wanted = WantedRows(
+        any(_truncates(draw.params) for draw in draws),
         keys.to(device),
         spread([draw.params.temperature for draw in draws], torch.float64).to(device),
         spread([draw.params.top_p for draw in draws], torch.float64).to(device),
         spread([draw.params.min_p for draw in draws], torch.float64).to(device),
         spread([draw.params.top_k for draw in draws]).to(device),
     )
-    own = logits if len(rows) == logits.shape[0] else logits.index_select(0, rows)
-    tokens = torch.empty_like(rows)
-    truncated = spread([_truncates(draw.params) for draw in draws], torch.bool).to(device)
-    _fill(tokens, own, wanted, (~truncated).nonzero()[:, 0], _from_all)
-    _fill(tokens, own, wanted, truncated.nonzero()[:, 0], _from_kept)
-    return rows, tokens
+    return rows, wanted
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Per sampled row: keys int64, temperature, top_p, min_p float64 (0 = off), top_k int64 (0 = off)."""
+class WantedRows:
+    """Per sampled row: keys int64, temperature, top_p, min_p float64 (0 = off), top_k int64 (0 = off).
 
+    truncated: whether any of the rows is; on the host, so that nobody waits for a device to learn it.
+    """
+
+    truncated: bool
     keys: torch.Tensor
     temperature: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
     top_k: torch.Tensor
 
-    def at(self, index: torch.Tensor) -> _Rows:
-        return _Rows(self.keys[index], self.temperature[index], self.top_p[index], self.min_p[index], self.top_k[index])
+    def at(self, index: torch.Tensor) -> WantedRows:
+        return WantedRows(
+            self.truncated,
+            self.keys[index],
+            self.temperature[index],
+            self.top_p[index],
+            self.min_p[index],
+            self.top_k[index],
+        )
 
 
-Method = Callable[[torch.Tensor, _Rows], torch.Tensor]
+Method = Callable[[torch.Tensor, WantedRows], torch.Tensor]
 
 
 def _truncates(params: SamplingParams) -> bool:
-    """Whether it takes an order of the tokens; min_p alone does not."""
-    return params.top_k > 0 or params.top_p < 1.0
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 
-def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: _Rows, index: torch.Tensor, method: Method) -> None:
+def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: WantedRows, index: torch.Tensor, method: Method) -> None:
     if len(index) == len(tokens):
         tokens.copy_(method(logits, rows))
     elif len(index):
         tokens[index] = method(logits.index_select(0, index), rows.at(index))
 
 
-def _from_all(logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
+def _from_all(logits: torch.Tensor, rows: WantedRows) -> torch.Tensor:
     ids = torch.arange(logits.shape[1], device=logits.device)
     scaled = logits.to(torch.float64).div_(rows.temperature[:, None])
     if bool((rows.min_p > 0).any()):
@@ -102,7 +122,7 @@ def _from_all(logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
     return race(scaled, ids, rows.keys).argmax(dim=-1)
 
 
-def _from_kept(logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
+def _from_kept(logits: torch.Tensor, rows: WantedRows) -> torch.Tensor:
     tokens, settled = _from_candidates(logits, rows, min(CANDIDATES, logits.shape[1]))
     if not bool(settled.all()):
         rest = (~settled).nonzero()[:, 0]
@@ -110,7 +130,7 @@ def _from_kept(logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
     return tokens
 
 
-def _from_candidates(logits: torch.Tensor, rows: _Rows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_candidates(logits: torch.Tensor, rows: WantedRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled among the `count` best; settled: everything that truncation keeps is among them.
 
     top_k first, then top_p of what is left, then min_p, as transformers has them. All are thresholds on the logit, so
