@@ -22,6 +22,7 @@ from kernels.context_inject.kernel import inject_block, inject_context
 from kernels.context_inject.reference import Rotation
 from kernels.draft_head.choice import HeadShape
 from kernels.draft_head.kernel import draft_head
+from kernels.gated_activation.kernel import gated_activation
 from kernels.rms_norm.kernel import rms_norm
 from modeling.dflash import SLIDING
 
@@ -73,8 +74,8 @@ class KernelDFlash:
                 spread=spread,
             )
             normed, hidden = rms_norm(layer.o(seen.flatten(1)), layer.post_norm, model.eps, hidden)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            normed, hidden = rms_norm(layer.down(F.silu(gate) * up), self._norms[index], model.eps, hidden)
+            gated = gated_activation(layer.gate_up(normed))
+            normed, hidden = rms_norm(layer.down(gated), self._norms[index], model.eps, hidden)
         choice = draft_head(normed.index_select(0, step.asked), self._head, shape=self._head_shape)
         answers.token_ids.copy_(choice.token_ids)
         answers.confidence.copy_(choice.probability())

@@ -149,7 +149,7 @@ def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.Monke
         return refused
 
     for owner, names in (
-        (torch.nn.functional, ("scaled_dot_product_attention", "rms_norm", "softmax")),
+        (torch.nn.functional, ("scaled_dot_product_attention", "rms_norm", "silu", "softmax")),
         (torch.Tensor, ("softmax", "argmax", "index_copy_")),
         (FusedDFlash, ("forward", "context_rows", "final_norm")),
         (AttendEach, ("__call__",)),
