@@ -92,7 +92,7 @@ def _multiply(x: Tensor, weight: Matrix, bias: Tensor | None, target: Tensor, se
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    tile, tall = weight_tile(weight, sections, x.element_size()), row_tile(rows, weight)
+    tile, tall = weight_tile(weight, sections, x.dtype), row_tile(rows, weight)
     _product[(triton.cdiv(rows, tall), triton.cdiv(weight.shape[0], OUT_TILE), sections)](
         *(x, target if bias is None else bias, target, rows, x.stride(0), target.stride(0), target.stride(1)),
         *tile.arguments,
@@ -131,6 +131,8 @@ def _product(
     GROUPS: tl.constexpr,
     E8M0: tl.constexpr,
     FACTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -150,7 +152,7 @@ def _product(
         total = add_product(
             *(total, left, start, end, first, codes, scales, factor, code_row, scale_row),
             *(KIND, OUT, BLOCK_ROWS, BLOCK_COLUMNS, FIRST_ROW, FIRST_COLUMN, GROUPS, E8M0, FACTOR),
-            *(WIDTH, OUT_TILE, WHOLE),
+            *(PAIRS, EXACT, WIDTH, OUT_TILE, WHOLE),
         )
     at = first + tl.arange(0, OUT_TILE)
     if BIAS:

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from kernels.linear.matrix import Matrix
+from kernels.linear.nibbles import numbers
 
 OUT_TILE = 64
 ROW_TILES = (16, 32, 64, 128)  # they change neither the order of a sum nor its parts
@@ -35,10 +37,10 @@ class WeightTile:
     constants: dict[str, Any]
 
 
-def weight_tile(weight: Matrix, sections: int, itemsize: int) -> WeightTile:
-    """Tile widths follow from the format and the section's length alone. itemsize: bytes of x's numbers."""
+def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype) -> WeightTile:
+    """Tile widths follow from the format and the section's length alone. dtype: of x."""
     columns = weight.shape[-1]
-    most = 256 if weight.to_byte == 2 else 128 if itemsize < 4 else 64
+    most = 256 if weight.to_byte == 2 else 128 if dtype.itemsize < 4 else 64
     length = triton.cdiv(columns, sections)
     width = max(32, min(most, triton.next_power_of_2(length)))
     section = length if columns % sections == 0 else triton.cdiv(length, width) * width
@@ -63,6 +65,8 @@ def weight_tile(weight: Matrix, sections: int, itemsize: int) -> WeightTile:
         "GROUPS": groups,
         "E8M0": weight.scales is not None and weight.scales.dtype == torch.float8_e8m0fnu,
         "FACTOR": weight.factor is not None,
+        "PAIRS": weight.to_byte == 2 and dtype == torch.bfloat16 and COMPILED,
+        "EXACT": weight.factor is None and scales.dtype in (torch.bfloat16, torch.float8_e8m0fnu),
         "WIDTH": width,
         "OUT_TILE": OUT_TILE,
         "WHOLE": section % width == 0 and columns % section == 0,
@@ -112,6 +116,8 @@ def add_product(
     GROUPS: tl.constexpr,
     E8M0: tl.constexpr,
     FACTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -144,25 +150,14 @@ def add_product(
             *(2, BLOCK_ROWS, BLOCK_COLUMNS, FIRST_ROW, FIRST_COLUMN, GROUPS, E8M0, FACTOR, half, OUT_TILE),
         )
         even, odd = tl.split(tl.reshape(left, (left.shape[0], half, 2)))
-        low = (_number(stored & 15, KIND) * scale).to(left.dtype)
-        high = (_number(stored >> 4, KIND) * scale).to(left.dtype)
+        low, high = numbers(stored, KIND, PAIRS)
+        if PAIRS and EXACT:  # a product of so few bits is rounded once, in bfloat16 as in float32
+            scale = scale.to(tl.bfloat16)
+        low = (low * scale).to(left.dtype)
+        high = (high * scale).to(left.dtype)
         total = tl.dot(low, tl.trans(even), total, input_precision="ieee")
         total = tl.dot(high, tl.trans(odd), total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def _number(code, KIND: tl.constexpr):
-    """What a code of four bits means, float32."""
-    if KIND == "int4":
-        # the code in the mantissa of 2^23: no conversion, which is slow
-        number = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-    else:
-        # sign, exponent, mantissa moved to where float16 has them; its exponents are 14 less, its denormals the same
-        wide = code.to(tl.uint16)
-        half = ((wide & 7) << 9) | ((wide & 8) << 12)
-        number = half.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-    return number
 
 
 @triton.jit
@@ -201,12 +196,13 @@ def _scales(
 
 @triton.jit
 def _factored(stored, factor, E8M0: tl.constexpr, FACTOR: tl.constexpr):
-    if E8M0:  # 2^(byte - 127): the byte is float32's exponent, but for the smallest and for NaN
-        byte = stored.to(tl.int32)
-        bits = tl.where(byte == 0, 0x00400000, tl.where(byte == 255, 0x7FC00000, byte << 23))
-        scale = bits.to(tl.float32, bitcast=True)
+    if E8M0:  # 2^(byte - 127): the byte is float32's exponent, but for the smallest (and 255, which nobody stores)
+        scale = tl.maximum(stored.to(tl.int32) << 23, 0x00400000).to(tl.float32, bitcast=True)
     else:
         scale = stored.to(tl.float32)
     if FACTOR:
         scale = scale * tl.load(factor)
     return scale
+
+
+COMPILED = isinstance(add_product, JITFunction)  # and not interpreted, which knows no PTX

@@ -77,8 +77,8 @@ def gate_up(
     fused = sections == 1
     target = inner if fused else torch.empty(sections, pairs, 2, width, dtype=torch.float32, device=x.device)
     alpha, limit = clamp or (0.0, 0.0)
-    gates = weight_tile(gate, sections, x.element_size())
-    ups = weight_tile(up, sections, x.element_size())
+    gates = weight_tile(gate, sections, x.dtype)
+    ups = weight_tile(up, sections, x.dtype)
     assert gates.arguments[3:] == ups.arguments[3:], "gate and up lie in memory alike"
     _gate_up[(len(tiles.experts), triton.cdiv(width, OUT_TILE), sections)](
         *(x, x if bias is None else bias, target, tiles.experts, tiles.pairs, pairs, x.stride(0), alpha, limit),
@@ -114,7 +114,7 @@ def down(inner: Tensor, weight: Matrix, tiles: TileMap, *, leaves: int | None = 
     outer = torch.empty(count, pairs, hidden, dtype=dtype, device=inner.device)
     if pairs == 0:
         return outer
-    tile = weight_tile(weight, count, inner.element_size())
+    tile = weight_tile(weight, count, inner.dtype)
     _down[(len(tiles.experts), triton.cdiv(hidden, OUT_TILE), count)](
         *(inner, outer, tiles.experts, tiles.pairs, pairs, inner.stride(0)),
         *tile.arguments,
@@ -237,6 +237,8 @@ def _gate_up(
     GROUPS: tl.constexpr,
     E8M0: tl.constexpr,
     FACTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -269,12 +271,12 @@ def _gate_up(
         gate = add_product(
             *(gate, left, start, end, first, codes, scales, factor + expert, code_row, scale_row),
             *(KIND, OUT, BLOCK_ROWS, BLOCK_COLUMNS, FIRST_ROW, FIRST_COLUMN, GROUPS, E8M0, FACTOR),
-            *(WIDTH, OUT_TILE, WHOLE),
+            *(PAIRS, EXACT, WIDTH, OUT_TILE, WHOLE),
         )
         up = add_product(
             *(up, left, start, end, first, up_codes, up_scales, up_factor + expert, code_row, scale_row),
             *(KIND, OUT, BLOCK_ROWS, BLOCK_COLUMNS, UP_FIRST_ROW, FIRST_COLUMN, GROUPS, E8M0, FACTOR),
-            *(WIDTH, OUT_TILE, WHOLE),
+            *(PAIRS, EXACT, WIDTH, OUT_TILE, WHOLE),
         )
     at = first + tl.arange(0, OUT_TILE)
     exists = (at < OUT)[:, None] & (pair >= 0)[None, :]
@@ -352,6 +354,8 @@ def _down(
     GROUPS: tl.constexpr,
     E8M0: tl.constexpr,
     FACTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -375,7 +379,7 @@ def _down(
         total = add_product(
             *(total, left, start, end, first, codes, scales, factor + expert, code_row, scale_row),
             *(KIND, OUT, BLOCK_ROWS, BLOCK_COLUMNS, FIRST_ROW, FIRST_COLUMN, GROUPS, E8M0, FACTOR),
-            *(WIDTH, OUT_TILE, WHOLE),
+            *(PAIRS, EXACT, WIDTH, OUT_TILE, WHOLE),
         )
     at = first + tl.arange(0, OUT_TILE)
     row = leaf.to(tl.int64) * pairs + own

@@ -39,7 +39,8 @@ def linear_cases(machine: Machine) -> Iterator[Case]:
         yield _linear(machine, label, rows, _shrunk(machine, width), _shrunk(machine, out))
     for label in ("plain", "FP8"):
         yield _leaves(machine, label, rows=16, width=max(2048, 12_288 // machine.shrink), out=_shrunk(machine, 4096))
-    yield _same_bits(machine, _shrunk(machine, 4096), _shrunk(machine, 4096))
+    for label in ("plain",) if machine.device == "cpu" else ("plain", *FORMATS):
+        yield _same_bits(machine, label, _shrunk(machine, 4096), _shrunk(machine, 4096))
 
 
 def random_matrix(machine: Machine, label: str, *shape: int) -> Matrix:
@@ -105,13 +106,13 @@ def _leaves(machine: Machine, label: str, rows: int, width: int, out: int) -> Ca
     )
 
 
-def _same_bits(machine: Machine, width: int, out: int) -> Case:
+def _same_bits(machine: Machine, label: str, width: int, out: int) -> Case:
     """130 rows at once against the same rows one, 16, 32 and 64 at a time: the difference must be none at all."""
-    x, weight = machine.normal(130, width), random_matrix(machine, "plain", out, width)
+    x, weight = machine.normal(130, width), random_matrix(machine, label, out, width)
     parts = x.split([1, 16, 32, 64, 17])
     # in the interpreter a product is BLAS's, which rounds by the whole's shape
     return Case(
-        f"linear plain, 130 rows, {width} -> {out}, bit by bit against 1, 16, 32, 64 and 17 rows",
+        f"linear {label}, 130 rows, {width} -> {out}, bit by bit against 1, 16, 32, 64 and 17 rows",
         lambda: kernel.linear(x, weight),
         lambda: torch.cat([kernel.linear(part, weight) for part in parts]),
         moved=weight.nbytes + x.itemsize * 130 * (width + out),
