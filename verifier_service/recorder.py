@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -44,7 +45,10 @@ class FlightTarget(msgspec.Struct, frozen=True):
 
 
 class FlightRow(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens of requests[request], from position start on. verify: bonus token and drafts; else a prefill chunk."""
+    """Tokens of requests[request], from position start on. verify: bonus token and drafts; else a prefill chunk.
+
+    A token below 0 was taken by the step before, which the engine never read.
+    """
 
     request: int
     start: int
@@ -100,9 +104,9 @@ class FlightRecorder:
             self._steps.append(_Step(step, work))
 
     def done(self, step: int, samples: Sequence[int], seconds: float) -> None:
-        last = self._steps[-1] if self._steps else None
-        if last is not None and last.step == step:
-            last.samples, last.seconds = samples, seconds
+        for one in islice(reversed(self._steps), 2):  # another may have begun
+            if one.step == step:
+                one.samples, one.seconds = samples, seconds
 
     def write(self, reason: str) -> Path | None:
         """The file, or None if nothing was recorded. Raises OSError if it cannot be written."""
@@ -124,7 +128,7 @@ class FlightRecorder:
                 number, _ = requests.setdefault(id(sequence), (len(requests), sequence))
                 verify = isinstance(work, VerifyRow)
                 completes = isinstance(work, PrefillChunk) and work.completes_prompt
-                rows.append(FlightRow(number, work.start, work.token_ids, verify, completes))
+                rows.append(FlightRow(number, work.start, _told(sequence, work), verify, completes))
             samples = None if one.samples is None else tuple(one.samples)
             steps.append(FlightStep(one.step, tuple(rows), samples, one.seconds))
         return Flight(
@@ -140,6 +144,13 @@ class FlightRecorder:
             ),
             tuple(steps),
         )
+
+
+def _told(sequence: RunningRequest, work: VerifyRow | PrefillChunk) -> tuple[int, ...]:
+    """A row's tokens; of one that was planned ahead, by what is known of it by now."""
+    if work.token_ids[0] >= 0:
+        return work.token_ids
+    return tuple(sequence.tokens[work.start : work.start + 1]) or (-1,)
 
 
 class _Step:

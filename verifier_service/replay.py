@@ -73,6 +73,7 @@ class Replay:
         self._free = iter(range(sizes(flight)[1]))
         self._owned = [0] * len(flight.requests)  # blocks
         self._computed = [0] * len(flight.requests)  # tokens in the replay's KV cache
+        self._taken = [0] * len(flight.requests)  # each one's token in the last step it was in
         self._number = 0
 
     def steps(self) -> Iterator[Replayed]:
@@ -101,7 +102,7 @@ class Replay:
             self._computed[row.request] += len(tokens)
 
     def _run(self, step: FlightStep) -> Replayed:
-        verify = [row for row in step.rows if row.verify]
+        verify = [self._known(row) for row in step.rows if row.verify]
         prefill = [row for row in step.rows if not row.verify]
         output = self._forward(
             tuple(VerifyRow(row.request, row.start, row.token_ids) for row in verify),
@@ -127,6 +128,11 @@ class Replay:
         self._commit(verify, prefill, recorded if recorded is not None else tokens)
         return Replayed(step.step, 0 if recorded is None else len(recorded), tuple(differences))
 
+    def _known(self, row: FlightRow) -> FlightRow:
+        """A row whose token nobody had read begins with the one that the replay took; where that is none, with 0, as
+        the engine has it."""
+        return row if row.token_ids[0] >= 0 else replace(row, token_ids=(max(0, self._taken[row.request]),))
+
     def _sampled(self, rows: list[FlightRow]) -> list[SampledRows]:
         found, at = [], 0
         for row in rows:
@@ -146,8 +152,12 @@ class Replay:
             at += len(row.token_ids)
             decided.append((row.request, kept))
             self._computed[row.request] = row.start + kept
+            self._taken[row.request] = samples[at - len(row.token_ids) + kept - 1]
         for row in prefill:
             self._computed[row.request] = row.start + len(row.token_ids)
+            if row.completes_prompt:
+                self._taken[row.request] = samples[at]
+                at += 1
         if decided:
             self._forward((), (), tuple(decided))
 

@@ -34,7 +34,7 @@ class Fragile:
 
     def __init__(self, runner: TargetRunner, inbox: Inbox):
         self._runner, self._inbox = runner, inbox
-        self.shape, self.set_taps = runner.shape, runner.set_taps
+        self.shape, self.set_taps, self.feed = runner.shape, runner.set_taps, runner.feed
 
     def forward(self, plan: StepPlan) -> ForwardOutput:
         if len(self._inbox.text("1")) > 10:
@@ -45,7 +45,16 @@ class Fragile:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of greedy, sampled, penalised and constrained requests, drafted with random success, preempted now and then."""
-    directory, records = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("records")
+    return crashed(tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="module")
+def record_ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of greedy and sampled requests, without drafts; steps are launched before the one before is read."""
+    return crashed(tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("records"), ahead=True)
+
+
+def crashed(directory: Path, records: Path, ahead: bool = False) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny_targets.build("qwen3_5_moe", directory)
@@ -61,13 +70,16 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Fragile(runner, inbox),
         SchedulerLimits(slots=4, blocks=40, block_tokens=BLOCK, step_tokens=24, max_waiting=9),
         EngineInfo("replica/1", "f", 128, runner.shape.vocabulary, 4, 8),
-        proposer=Oracle(texts, "partly"),
+        proposer=None if ahead else Oracle(texts, "partly"),
         recorder=recorder,
         grammars=GrammarCompiler.load(directory, runner.shape.vocabulary),
+        runs_ahead=ahead,
     )
     for i, prompt in enumerate(PROMPTS):
-        sampling = SamplingParams(temperature=float(i % 2), top_p=0.9, frequency_penalty=0.5 * (i == 2))
-        grammar = GrammarSpec("regex", "[a-z]{69}") if i == 1 else None
+        sampling = SamplingParams(
+            temperature=float(i % 2), top_p=0.9, frequency_penalty=0.0 if ahead else 0.5 * (i == 2)
+        )
+        grammar = GrammarSpec("regex", "[a-z]{69}") if i == 1 and not ahead else None
         engine.submit(EngineRequest(str(i), prompt, i, 70, sampling=sampling, grammar=grammar), inbox)
     with pytest.raises(RuntimeError, match="bus"):
         engine.run()
@@ -98,6 +110,19 @@ def test_the_same_steps_give_the_same_tokens(record, capsys):
     code, out = run(record, capsys)
     compared = sum(len(step.samples or ()) for step in read_flight(record).steps)
     assert code == 0, out
+    assert f"{compared} tokens compared, 0 differ" in out
+
+
+def test_steps_that_were_launched_before_the_one_before_was_read_give_the_same_tokens(record_ahead, capsys):
+    flight = read_flight(record_ahead)
+    assert [step.samples is None for step in flight.steps] == [False] * (KEPT - 2) + [True] * 2
+    unread = [row.token_ids for row in flight.steps[-1].rows]
+    assert (-1,) in unread, "the step before was never read"
+    assert all(row.token_ids[0] >= 0 for step in flight.steps[:-1] for row in step.rows)
+    code, out = run(record_ahead, capsys)
+    compared = sum(len(step.samples or ()) for step in flight.steps)
+    assert code == 0, out
+    assert compared > 3 * KEPT
     assert f"{compared} tokens compared, 0 differ" in out
 
 

@@ -81,6 +81,7 @@ def make_engine(
     *,
     make_proposer=NoProposer,
     heartbeat_s: float = 60.0,
+    runs_ahead: bool | None = None,
     **limits,
 ) -> Engine:
     sizes = {"slots": 4, "blocks": 40, "block_tokens": 4, "step_tokens": 32, "max_waiting": 50, **limits}
@@ -93,6 +94,7 @@ def make_engine(
         proposer=proposer,
         make_proposer=make_proposer,
         heartbeat_s=heartbeat_s,
+        runs_ahead=runs_ahead,
     )
 
 
