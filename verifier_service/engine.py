@@ -143,7 +143,7 @@ class Engine:
             linked=drafting.linked,
             drafter_id=drafting.drafter_id,
             epoch=drafting.epoch,
-            counters={**self._tally.counters(), **scheduler.counters(), **drafting.counters},
+            counters={**self._tally.counters(), **scheduler.counters(), **drafting.counters, **self._runner.counters()},
             step_limit_s=self._step_limit_s,
         )
 

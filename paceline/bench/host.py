@@ -114,7 +114,8 @@ class _Timed:
 
     def __init__(self, runner: NullRunner, requests: int):
         self._runner, self._requests = runner, requests
-        self.shape, self.set_taps, self.feed = runner.shape, runner.set_taps, runner.feed
+        self.shape, self.counters = runner.shape, runner.counters
+        self.set_taps, self.feed = runner.set_taps, runner.feed
         self.marks: list[tuple[Clocks, Clocks]] = []
         self.tokens, self.packed_bytes = 0, 0  # of the largest of them
 

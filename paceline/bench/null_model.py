@@ -32,6 +32,9 @@ class NullRunner:
     def feed(self, tokens: torch.Tensor) -> None:
         self._taken = tokens
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._taps = bool(layer_ids)
 

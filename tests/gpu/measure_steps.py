@@ -1,6 +1,8 @@
 """Time verify steps of targets with random weights in published shapes, on the kernels and in CUDA graphs.
 
-python -m tests.gpu.measure_steps OUT [SHAPE ...]     writes OUT/steps/SHAPE.json (deploy/steps/README.md) and OUT/steps.md
+python -m tests.gpu.measure_steps OUT [SHAPE ...]
+
+Writes OUT/steps/SHAPE.json (its format: deploy/steps/README.md) and OUT/steps.md.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +53,8 @@ KEPT = (1, 3, 5, 7, 10)  # tokens that stay of each verify of the most rows, in 
 @dataclass(frozen=True)
 class VerifyStep:
     """Of `requests` verify rows of `rows` tokens each, the last of them at position context - 1. Seconds, medians:
-    seconds: of a step in a run of them; host_seconds: until its launches are made; floor_seconds: of the bytes that must
-    move, at the copy bandwidth; stock_seconds: transformers' forward of the same model, None where it was not run.
+    seconds: of a step in a run of them; host_seconds: until its launches are made; floor_seconds: of the bytes that
+    must move, at the copy bandwidth; stock_seconds: transformers' forward of the same model, None where it was not run.
     """
 
     requests: int
@@ -144,7 +147,7 @@ def measure(
     forced, trace = [], None
     if steps:
         driver.seat(1, contexts[0])
-        trace = gap_share(lambda: driver.run(1, longest, contexts[0], 10), device)
+        trace = gap_share(partial(driver.run, 1, longest, contexts[0], 10), device)
         plain = next(step for step in steps if (step.requests, step.rows) == (1, rows[0]))
         for kept in (kept for kept in KEPT if kept <= longest):
             per_step = driver.run(1, longest, contexts[0], repeats, kept=kept) / repeats

@@ -32,7 +32,8 @@ class StockTarget:
             return None
         cache = DynamicCache(config=config)
         for layer in range(config.num_hidden_layers):
-            cache.update(*(torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2)), layer)
+            keys, values = torch.zeros(2, *shape, dtype=self._dtype, device=self._device).unbind()
+            cache.update(keys, values, layer)
         tokens = torch.ones(requests, rows, dtype=torch.long, device=self._device)
         times = []
         for _ in range(max(2, repeats // 4)):
@@ -41,7 +42,7 @@ class StockTarget:
             self._model(tokens, past_key_values=cache, use_cache=True)
             self._wait()
             times.append(time.perf_counter() - began)
-            cache.crop(context - rows)
+            cache.crop(-rows)
         return statistics.median(times[1:])
 
     def _wait(self) -> None:

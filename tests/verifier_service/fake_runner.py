@@ -48,6 +48,9 @@ class FakeRunner:
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._taps = bool(layer_ids)
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
     def feed(self, tokens: torch.Tensor) -> None:
         self._fed = tokens.tolist()
         assert min(self._fed, default=0) >= 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,11 @@ class Runner(Protocol):
         """On rank 0, after a forward and before one whose plan is `ahead`: the tokens taken from its logits.
 
         int64 [rows of the logits], on the runner's device, none below 0; not to be changed any more.
+        """
+
+    def counters(self) -> Mapping[str, float]:
+        """Since the start. Over kernels: graph_rows and graph_padding_rows, of steps in buckets; eager_steps, launched
+        kernel by kernel; graph_failures, buckets whose CUDA graph could not be captured.
         """
 
     def set_taps(self, layer_ids: Sequence[int]) -> None:

@@ -70,7 +70,7 @@ class KernelExecutor:
             whole_rotary(model.rotary, max_context, storage.dtype, self._device),
             storage.block_tokens,
         )
-        self.counters = Counter(rows=0, padding_rows=0, eager_steps=0, graph_failures=0)
+        self.counters = Counter(graph_rows=0, graph_padding_rows=0, eager_steps=0, graph_failures=0)
 
         # Static: CUDA graphs know these by their addresses.
         found = buckets(num_slots, path.longest_row, most, max_context, SECTION) if path.graphs else []
@@ -115,8 +115,8 @@ class KernelExecutor:
             self._graphs.forget()
         self._settle(plan, self._writer.write(plan, FixedLayout(bucket.requests, bucket.rows), changing, self._inputs))
         self._graphs.run(bucket)
-        self.counters["rows"] += rows
-        self.counters["padding_rows"] += bucket.rows - rows
+        self.counters["graph_rows"] += rows
+        self.counters["graph_padding_rows"] += bucket.rows - rows
         self.counters["graph_failures"] = self._graphs.failures
         kept = self._hidden.taps
         return Hidden(self._hidden.normed[:rows], kept[:rows].clone() if kept is not None and taps else None)
