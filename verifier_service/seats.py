@@ -95,9 +95,9 @@ class Seats:
 
     def grow(self, sequence: RunningRequest, count: int) -> None:
         """Raises OutOfBlocksError."""
-        blocks = self._pool.allocate(count)
-        sequence.blocks.extend(blocks)
-        self._moves.new_blocks.extend((sequence.slot, block) for block in blocks)
+        blocks, slot = self._pool.allocate(count), sequence.slot
+        sequence.blocks += blocks
+        self._moves.new_blocks += [(slot, block) for block in blocks]
 
     def save(self, checkpoint: int, slot: int, kept: int) -> None:
         """As in StepPlan.saved."""

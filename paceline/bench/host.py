@@ -37,7 +37,7 @@ from verifier_service.scheduler import SchedulerLimits
 from verifier_service.settled import settled
 
 BLOCK_TOKENS = 16
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = 32  # and up to a block more, so that blocks do not fill up all in one step
 STORE_BYTES = 256 << 20
 RUN_S = 300.0
 LINK_S = 10.0
@@ -164,9 +164,10 @@ def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
 def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
     drafts = options.drafts if link is not None else 0
     new_tokens = options.steps * (1 + min(drafts, options.right))
-    context = PROMPT_TOKENS + new_tokens
+    context = PROMPT_TOKENS + BLOCK_TOKENS + new_tokens
     blocks = options.requests * (context // BLOCK_TOKENS + 2)
-    step_tokens = options.requests * (PROMPT_TOKENS + drafts + 1)  # all prompts at once, so that all decode at once
+    # All prompts at once, so that all decode at once.
+    step_tokens = options.requests * (PROMPT_TOKENS + BLOCK_TOKENS + drafts + 1)
     limits = SchedulerLimits(options.requests, blocks, BLOCK_TOKENS, step_tokens, 0)
     runner = _Timed(NullRunner(context), options.requests)
     proposer = None
@@ -190,7 +191,8 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
             over.set()
 
     for i in range(options.requests):
-        prompt = tuple(random.Random(i).choices(range(VOCABULARY), k=PROMPT_TOKENS))  # no two share a cached block
+        count = PROMPT_TOKENS + i % BLOCK_TOKENS
+        prompt = tuple(random.Random(i).choices(range(VOCABULARY), k=count))  # no two share a cached block
         engine.submit(EngineRequest(f"request-{i}", prompt, 0, new_tokens), sink)
     engine.start()
     try:

@@ -12,7 +12,7 @@ from verifier_service.sampling import draw as module
 from verifier_service.sampling.draw import CANDIDATES, Draw
 from verifier_service.sampling.logprobs import logprobs
 from verifier_service.sampling.race import row_keys, uniform
-from verifier_service.sampling.sampler import NO_TOKEN, sample
+from verifier_service.sampling.sampler import NO_TOKEN, best, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5])
 DRAWS = 20_000
@@ -95,6 +95,17 @@ def test_logits_that_are_not_finite_give_no_token_and_change_no_other_row(bad: f
 @pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 300, "top_p": 0.9}])
 def test_a_step_of_nothing_but_nan_gives_no_token(params: dict):
     assert sample(torch.full((2, 4 * CANDIDATES), torch.nan), [draw(0, 2, **params)]) == [NO_TOKEN] * 2
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (33, 64), (7, 4099)])
+def test_the_best_token_is_torchs_with_ties_infinities_and_nan(shape: tuple[int, int]):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-3, 3, shape, generator=generator).float()  # full of ties
+    for value in (torch.nan, torch.inf, -torch.inf):
+        logits[torch.rand(shape, generator=generator) < 0.01] = value
+    assert torch.equal(best(logits), logits.argmax(dim=-1))
+    assert torch.equal(best(logits.t()), logits.t().argmax(dim=-1))
+    assert best(logits[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(

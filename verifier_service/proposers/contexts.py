@@ -161,6 +161,7 @@ class Contexts:
         sources: list[int] = []  # of each request: its first row of the step that is fused, how many, and what of the
         counts: list[int] = []  # fused rows is kept where, and sent
         parts = Parts()
+        of, at, kept_there = parts.of, parts.at, parts.counts
         pieces: list[Piece] = []
         sent: list[int] = []
         fused = 0
@@ -176,7 +177,9 @@ class Contexts:
                 if first == kept:
                     continue
             elif kept < table.room:  # the usual: all rows are new, none is old, and they fill no page
-                parts.add(fused, table.extend(kept), kept)
+                of.append(fused)
+                at.append(table.extend(kept))
+                kept_there.append(kept)
             else:
                 pages.put(table, start, kept, window, sequence.hashes, parts, fused)
             if send and owner is not None and owner.placed and owner not in lagging:

@@ -72,7 +72,7 @@ class LinkProposer:
         state = self._link.state
         self._follow(state)
         owners = self._contexts.of(progress)
-        self._verified, self._requests = self._requests, sum(p.finish is None for p in progress)
+        self._verified, self._requests = self._requests, len([p for p in progress if p.finish is None])
         ready = [owner for owner, p in zip(owners, progress) if owner is not None and p.token_ids]
         most = self._most(state, bool(ready))
         if taps is not None:

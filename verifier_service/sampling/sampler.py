@@ -45,9 +45,16 @@ def _decide_edited(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.T
     return _decide(logits, [draw for draw in moved if not draw.greedy])
 
 
+def best(logits: torch.Tensor) -> torch.Tensor:
+    """int64 [rows]: the largest logit's token, the first of equals; NaN counts as the largest."""
+    if logits.device.type == "cpu":  # says the same in a tenth of the time of torch's
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
 def _decide(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and which of them are none because the logits are not finite; both [rows]."""
-    tokens = logits.argmax(dim=-1)  # NaN counts as the largest
+    tokens = best(logits)
     broken = ~logits.gather(1, tokens[:, None])[:, 0].isfinite()
     if draws:
         tokens.index_copy_(0, *draw_rows(logits, draws))
