@@ -15,10 +15,10 @@ TINY = DrafterShape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, inter
 
 
 def test_a_tiny_drafter_is_measured_and_drafts_what_torch_drafts(tmp_path: Path):
-    steps = measure(TINY, 20, (1, 2), torch.float32, "cpu", rate=1e9, repeats=1)
-    assert [(step.batch, step.agreement) for step in steps] == [(1, 1.0), (2, 1.0)]
-    assert all(0 < step.weights_floor < step.floor < step.draft for step in steps)
-    write(tmp_path, [*steps, replace(steps[0], agreement=0.1)], 1e9)
+    (step,) = measure(TINY, 20, (2,), torch.float32, "cpu", rate=1e9, repeats=1)
+    assert (step.batch, step.context, step.agreement) == (2, 20, 1.0)
+    assert 0 < step.weights_floor < step.floor < step.draft
+    write(tmp_path, [step, replace(step, agreement=0.1)], 1e9)
     lines = (tmp_path / "draft.md").read_text().splitlines()
-    assert [line.count("WRONG") for line in lines[-3:]] == [0, 0, 1]
-    assert len(json.loads((tmp_path / "draft.json").read_text())["steps"]) == 3
+    assert [line.count("WRONG") for line in lines[-2:]] == [0, 1]
+    assert len(json.loads((tmp_path / "draft.json").read_text())["steps"]) == 2
