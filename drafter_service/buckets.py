@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -21,7 +22,7 @@ class Buckets:
         self._blocks = _powers(1, most_blocks)
         self._rows = _powers(2, block_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Bucket]:
         """Largest first: graphs that share memory want the largest one to reserve it."""
         return (Bucket(n, n * rows, n * (rows - 1)) for n in reversed(self._blocks) for rows in reversed(self._rows))
 

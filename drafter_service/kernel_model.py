@@ -26,7 +26,7 @@ from kernels.gated_activation.kernel import gated_activation
 from kernels.rms_norm.kernel import rms_norm
 from modeling.dflash import SLIDING
 
-SPREAD_BELOW = 256  # programs: with fewer of them than this, attention to long contexts leaves processors idle
+SPREAD_BELOW = 128  # programs: about as many as a large GPU has multiprocessors; with fewer, some would be idle
 
 
 class KernelDFlash:

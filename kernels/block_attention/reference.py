@@ -6,7 +6,7 @@ import torch
 
 from kernels.block_attention.batch import BlockBatch, check_arguments
 
-SECTION_ROWS = 256
+SECTION_ROWS = 512
 
 
 def block_attention(

@@ -108,8 +108,8 @@ def _attention(
     places = machine.ints(positions, torch.int64)
     query, pool = machine.normal(tokens, heads, dim), machine.normal(blocks * stride, 2, kv_heads, dim)
     seen = min(held, options.get("sliding_window", held)) + BLOCK
-    call: dict[str, Any] = {"scaling": dim**-0.5, "section_rows": max(64, 256 // machine.shrink), **options}
-    spread = blocks * kv_heads < 264
+    call: dict[str, Any] = {"scaling": dim**-0.5, "section_rows": max(64, 512 // machine.shrink), **options}
+    spread = blocks * kv_heads < 128
     return Case(
         f"block_attention {blocks} x {BLOCK} rows, context {held}, heads {heads}/{kv_heads} x {dim}"
         + "".join(f" {name} {value}" for name, value in options.items()),
