@@ -72,6 +72,7 @@ POLICY = (
     "paceline/plan/timing.py",
     "verifier_service/model/device/buckets.py",
     "verifier_service/model/kernel_path.py",
+    "verifier_service/model/memory_room.py",
     "verifier_service/control.py",
     "verifier_service/acceptance.py",
     "verifier_service/blocks.py",

@@ -78,7 +78,14 @@ class VerifierSettings(Strict):
     max_requests: int = Field(64, ge=1, le=4096, description="running requests (state slots)")
     max_waiting: int = Field(256, ge=0, description="beyond it a submit is refused as overloaded")
     block_tokens: int = Field(16, ge=1, description="tokens of one KV block")
-    kv_cache_tokens: int = Field(65536, ge=16, description="KV capacity in tokens")
+    kv_cache_tokens: int | Literal["auto"] = Field(
+        65536,
+        description="KV capacity in tokens; auto (on cuda) = what memory_share leaves beside weights, states, "
+        "checkpoints, CUDA graphs and the largest step, which is run to find out",
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="of a device's memory, that a rank may take if kv_cache_tokens is auto"
+    )
     kv_dtype: KvDtype = Field(
         "auto",
         description="of the KV cache: auto = dtype; float8_e4m3 (with a scale for each token and head) holds nearly "
@@ -146,7 +153,25 @@ class VerifierSettings(Strict):
         return self
 
     @model_validator(mode="after")
+    def _cache_is_measured_where_it_can_be(self) -> VerifierSettings:
+        if self.kv_cache_tokens != "auto":
+            return self
+        if self.device != "cuda" or self.kernels == "torch":
+            raise ValueError(
+                f"kv_cache_tokens is 'auto' but device is {self.device!r} and kernels {self.kernels!r}: only a GPU's "
+                "memory is measured, and only over kernels; set a number of tokens, such as 65536"
+            )
+        if self.speculation.mode == "colocated":
+            raise ValueError(
+                "kv_cache_tokens is 'auto' but speculation.mode is 'colocated': the drafter is loaded after the "
+                "measurement and would find no room; set a number of tokens (paceline plan tells how many fit)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cache_holds_a_block(self) -> VerifierSettings:
+        if self.kv_cache_tokens == "auto":
+            return self
         if self.kv_cache_tokens < self.block_tokens:
             raise ValueError(
                 f"kv_cache_tokens ({self.kv_cache_tokens}) is less than one block of block_tokens "

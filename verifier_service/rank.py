@@ -29,6 +29,7 @@ from verifier_service.fit import check_fit
 from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.loading_log import log_progress
 from verifier_service.model.kernel_path import KernelPath
+from verifier_service.model.memory_room import MemoryLimits
 from verifier_service.model.runner import TargetRunner
 from verifier_service.packing import PlanChannel
 from verifier_service.port import EnginePort
@@ -101,12 +102,13 @@ def run_rank(
 
 def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -> TargetRunner:
     """One rank's target, loaded. group: None for a single rank. Raises CheckpointError as TargetRunner does."""
+    tokens = settings.kv_cache_tokens
     return TargetRunner(
         settings.target,
         rank=rank,
         size=settings.tensor_parallel_size,
         group=group,
-        num_blocks=_limits(settings).blocks,
+        num_blocks=None if tokens == "auto" else tokens // settings.block_tokens,
         block_tokens=settings.block_tokens,
         num_slots=settings.max_requests,
         dtype=getattr(torch, settings.dtype),
@@ -116,6 +118,7 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         deterministic=settings.deterministic,
         progress=log_progress(log) if rank == 0 else None,
         kernel_path=_kernel_path(settings),
+        memory=MemoryLimits(settings.memory_share, settings.max_step_tokens),
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
     )
 
@@ -149,7 +152,7 @@ def build_engine(
         fuser = FeatureFuser.load(settings.drafter, getattr(torch, settings.dtype), settings.device)
         block_size = fuser.block_size
         make_proposer = partial(_proposer, settings, fuser, make_link, engine_id, fingerprint, runner.shape.vocabulary)
-    limits = _limits(settings)
+    limits = _limits(settings, runner.shape.blocks)
     info = EngineInfo(
         engine_id=engine_id,
         target_fingerprint=fingerprint,
@@ -224,10 +227,10 @@ def _serve(engine: Engine, host: str, access: Access, on_ready: Callable[[str], 
         port.stop()
 
 
-def _limits(settings: VerifierSettings) -> SchedulerLimits:
+def _limits(settings: VerifierSettings, blocks: int) -> SchedulerLimits:
     return SchedulerLimits(
         slots=settings.max_requests,
-        blocks=settings.kv_cache_tokens // settings.block_tokens,
+        blocks=blocks,
         block_tokens=settings.block_tokens,
         step_tokens=settings.max_step_tokens,
         max_waiting=settings.max_waiting,

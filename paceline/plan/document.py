@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deploy.config import Application
@@ -122,9 +122,9 @@ def make_plan(file: str, inputs: Inputs, assumed: Assumed) -> Plan:
     """Raises ValueError for an acceptance length that the drafter's block cannot give."""
     application, draft = inputs.application, inputs.draft
     verifier = application.verifier
-    limits = _limits(application, draft)
     drafter_bytes = _beside_the_target(draft, application)
     available = None if inputs.gpu is None else inputs.gpu.memory_bytes
+    limits = _limits(inputs, drafter_bytes, available)
     memory = rank_memory(inputs.target, limits, drafter_bytes, available)
     target = _target_plan(inputs, limits, memory)
     drafter = None if draft is None else _draft_plan(draft, application)
@@ -140,7 +140,7 @@ def make_plan(file: str, inputs: Inputs, assumed: Assumed) -> Plan:
         model_name=application.model_name,
         fits=not problems,
         problems=tuple(problems),
-        notes=tuple(notes(inputs, target.kv_capacity)),
+        notes=tuple(notes(inputs, limits.kv_cache_tokens, target.kv_capacity)),
         groups=tuple(_groups(application)),
         target=target,
         drafter=drafter,
@@ -151,18 +151,23 @@ def make_plan(file: str, inputs: Inputs, assumed: Assumed) -> Plan:
     )
 
 
-def _limits(application: Application, draft: Draft | None) -> Limits:
-    verifier = application.verifier
+def _limits(inputs: Inputs, drafter_bytes: int, available: int | None) -> Limits:
+    verifier, draft = inputs.application.verifier, inputs.draft
     most = verifier.speculation.max_draft_tokens
     block = 1 if draft is None else draft.model.block_size if most is None else min(most + 1, draft.model.block_size)
-    return Limits(
+    tokens = verifier.kv_cache_tokens
+    limits = Limits(
         size=verifier.tensor_parallel_size,
-        kv_cache_tokens=verifier.kv_cache_tokens,
+        kv_cache_tokens=0 if tokens == "auto" else tokens,
         max_requests=verifier.max_requests,
         max_step_tokens=verifier.max_step_tokens,
         checkpoint_bytes=verifier.checkpoint_bytes if verifier.prefix_cache else 0,
         block_size=block,
     )
+    if tokens != "auto" or available is None:
+        return limits
+    room = rank_memory(inputs.target, limits, drafter_bytes, int(verifier.memory_share * available))
+    return replace(limits, kv_cache_tokens=max(0, room.kv_tokens(inputs.target.cache(limits.size).token_bytes) or 0))
 
 
 def _beside_the_target(draft: Draft | None, application: Application) -> int:

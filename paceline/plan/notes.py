@@ -12,17 +12,19 @@ ROOM = 1.25  # times the file's KV cache: worth telling
 ROUND = 1024  # tokens
 
 
-def notes(inputs: Inputs, kv_capacity: int | None) -> Iterator[str]:
-    """kv_capacity: tokens that the GPUs' memory would hold; None where it is not known."""
+def notes(inputs: Inputs, kv_tokens: int, kv_capacity: int | None) -> Iterator[str]:
+    """kv_tokens: of the KV cache, 0 where it is to be measured on a GPU that is not known. kv_capacity: tokens that the
+    GPUs' memory would hold; None where it is not known.
+    """
     application = inputs.application
     verifier = application.verifier
     longest = verifier.max_context or inputs.target.config.max_context
-    if verifier.kv_cache_tokens < longest:
+    if 0 < kv_tokens < longest:
         yield (
-            f"kv_cache_tokens {verifier.kv_cache_tokens:,} is less than the longest context of {longest:,}: a request "
+            f"kv_cache_tokens {kv_tokens:,} is less than the longest context of {longest:,}: a request "
             "that needs more is refused"
         )
-    if kv_capacity is not None and kv_capacity > ROOM * verifier.kv_cache_tokens:
+    if verifier.kv_cache_tokens != "auto" and kv_capacity is not None and kv_capacity > ROOM * kv_tokens:
         yield f"there is memory for kv_cache_tokens: {kv_capacity // ROUND * ROUND}"
     if inputs.gpu is None and verifier.device == "cuda":
         yield (

@@ -16,7 +16,7 @@ class ModelShape:
     """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank.
 
     checkpoints: of recurrent state, that a plan may name; None for a target without recurrent state. device: of what a
-    forward returns.
+    forward returns. blocks: of the KV cache.
     """
 
     vocabulary: int
@@ -25,6 +25,7 @@ class ModelShape:
     kv_bytes_per_token: int
     checkpoints: int | None = None
     device: str = "cpu"
+    blocks: int = 0
 
 
 @dataclass(frozen=True)

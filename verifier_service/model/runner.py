@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,18 +29,22 @@ from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
 from verifier_service.model.kv_storage import KvStorage
 from verifier_service.model.loading import load_rank
+from verifier_service.model.memory_room import MemoryLimits
 from verifier_service.model.taken import TakenTokens
 from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+
+log = logging.getLogger(__name__)
 
 
 class TargetRunner:
     """Implements face.Runner. Every rank of the group is given the same plans in the same order.
 
-    num_blocks x block_tokens: KV capacity in tokens. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running
-    requests. max_context: None = the checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state.
-    deterministic: a token's logits do not depend on the rest of the step, nor on `size`, to the bit (on CPU).
-    taps: see set_taps. progress: told of every tensor while weights load.
+    num_blocks x block_tokens: KV capacity in tokens; num_blocks None: what room there is within `memory`, over kernels
+    on CUDA. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running requests. max_context: None = the
+    checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. deterministic: results depend neither
+    on the batch nor on `size`, to the bit (on CPU). taps: see set_taps. progress: told of every tensor while weights
+    load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -48,7 +55,7 @@ class TargetRunner:
         rank: int = 0,
         size: int = 1,
         group: dist.ProcessGroup | None = None,
-        num_blocks: int,
+        num_blocks: int | None,
         block_tokens: int,
         num_slots: int,
         dtype: torch.dtype,
@@ -60,6 +67,7 @@ class TargetRunner:
         taps: Sequence[int] = (),
         progress: Callable[[LoadProgress], None] | None = None,
         kernel_path: KernelPath = KernelPath(),
+        memory: MemoryLimits = MemoryLimits(),
     ):
         over_kernels = not deterministic and wants_triton(kernel_path.kernels, device)
         config = read_target_config(target_dir)
@@ -85,18 +93,36 @@ class TargetRunner:
                 make = partial(TorchExecutor, replay=forms.replay)
         self.weight_bytes = weights.bytes
         limit = min(config.max_context, max_context or config.max_context)
-        tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, num_blocks)
+        make = partial(
+            make,
+            first=rank == 0,
+            vocabulary=config.vocabulary,
+            num_slots=num_slots,
+            max_context=limit,
+            checkpoint_bytes=checkpoint_bytes,
+        )
+
+        def over(blocks: int, **options: Any) -> Executor:
+            tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, blocks)
+            return make(self._model, tables, KvStorage(blocks, block_tokens, kv_dtype, dtype, device), **options)
+
         with torch.inference_mode():
-            self._executor = make(
-                self._model,
-                tables,
-                KvStorage(num_blocks, block_tokens, kv_dtype, dtype, device),
-                first=rank == 0,
-                vocabulary=config.vocabulary,
-                num_slots=num_slots,
-                max_context=limit,
-                checkpoint_bytes=checkpoint_bytes,
-            )
+            if num_blocks is None:
+                from verifier_service.model.device.profile import CudaMeter, measured_memory
+
+                found, block_bytes = measured_memory(
+                    partial(over, path=replace(kernel_path, graphs=False)),
+                    CudaMeter(),
+                    slots=num_slots,
+                    verify_rows=kernel_path.rows(num_slots),
+                    step_tokens=memory.step_tokens,
+                    block_tokens=block_tokens,
+                    max_context=limit,
+                )
+                own = torch.tensor([found.blocks(memory.share, block_bytes)], device=device)
+                num_blocks = min(int(blocks) for blocks in self._ranks.gather(own))
+                log.info("room for %d tokens of KV cache", num_blocks * block_tokens)
+            self._executor = over(num_blocks)
         checkpoints = self._executor.checkpoints
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
         self._saved = [0] * (checkpoints or 0)  # tokens in each checkpoint
@@ -106,6 +132,7 @@ class TargetRunner:
             max_context=limit,
             kv_bytes_per_token=self._executor.cache_bytes // (num_blocks * block_tokens),
             checkpoints=checkpoints,
+            blocks=num_blocks,
             device=device,
         )
         self._taken = TakenTokens(self._ranks, device)
