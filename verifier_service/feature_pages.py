@@ -99,12 +99,13 @@ class FeaturePages:
         if start > table.end:
             self._restart(table, start)
         while (end := table.end) < stop:
-            if not table.room and not self._open(table):
+            room = table.room or self._open(table)
+            if not room:
                 self._restart(table, stop)
                 break
-            size = min(stop - end, table.room)
+            size = min(stop - end, room)
             parts.add(before + end - start, table.extend(size), size)
-            if not table.room:
+            if size == room:
                 self._close(table, window, names)
 
     def adopt(self, table: PageTable, names: Sequence[BlockHash], wanted: int) -> bool:
@@ -148,12 +149,12 @@ class FeaturePages:
         pages = [page for name in names if (page := self._pool.find(name)) is not None]
         self._pool.forget(pages)
 
-    def _open(self, table: PageTable) -> bool:
-        """A page for position `end`. False: there is none."""
+    def _open(self, table: PageTable) -> int:
+        """A page for position `end`; how many rows fit. 0: there is none."""
         while not self._pool.free:
             largest = max(self._tables.values(), key=_size)
             if len(largest.pages) < 2:
-                return False
+                return 0
             self._drop(largest, len(largest.pages) // 2)
         block, inside = divmod(table.end, self.page_tokens)
         if not table.pages:
@@ -162,7 +163,7 @@ class FeaturePages:
         table.pages.append(page)
         table.at = page * self.page_tokens + inside
         table.room = self.page_tokens - inside
-        return True
+        return table.room
 
     def _close(self, table: PageTable, window: int, names: Sequence[BlockHash]) -> None:
         """The newest page is full: it gets its name, and the oldest may lie before the window now."""

@@ -171,6 +171,7 @@ class Scheduler:
         """
         flight = self._flights.popleft()
         counted = flight.counted
+        samples = list(samples)
         done: list[Progress] = []
         row = logit_row = 0
         verify_only = True
@@ -278,12 +279,12 @@ class Scheduler:
         return drafts[:count]
 
     def _commit_verify(
-        self, sequence: RunningRequest, work: VerifyRow, samples: Sequence[int], row: int, logit_row: int, counted: bool
+        self, sequence: RunningRequest, work: VerifyRow, samples: list[int], row: int, logit_row: int, counted: bool
     ) -> Progress:
         ids = work.token_ids
         accepted = accepted_drafts(ids, samples, logit_row) if len(ids) > 1 else 0
         kept = accepted + 1
-        tokens = list(samples[logit_row : logit_row + kept])
+        tokens = samples[logit_row : logit_row + kept]
         progress = Progress(sequence, row, work.start, kept, logit_row, tokens, len(ids) - 1, accepted)
         if not counted:
             self._keep(sequence, work, kept)
@@ -357,7 +358,7 @@ class Scheduler:
         self,
         sequence: RunningRequest,
         work: PrefillChunk,
-        samples: Sequence[int],
+        samples: list[int],
         row: int,
         logit_row: int,
         counted: bool,

@@ -157,7 +157,7 @@ class Contexts:
         if send and self._link.queued_bytes >= UNSENT_BYTES:
             self.hold_back(owners)
             send = False
-        pages, window, lagging = self._store.pages, self._window, self._lagging
+        pages, window = self._store.pages, self._window
         sources: list[int] = []  # of each request: its first row of the step that is fused, how many, and what of the
         counts: list[int] = []  # fused rows is kept where, and sent
         parts = Parts()
@@ -182,9 +182,9 @@ class Contexts:
                 kept_there.append(kept)
             else:
                 pages.put(table, start, kept, window, sequence.hashes, parts, fused)
-            if send and owner is not None and owner.placed and owner not in lagging:
+            if send and owner is not None:
                 begin, stop = start + fresh, start + kept
-                if begin != owner.sent:
+                if begin != owner.sent or not begin:
                     begin = self._unsent(owner, begin, stop)
                 if begin < stop:
                     pieces.append(Piece(owner.context_id, begin, stop - begin))
@@ -235,8 +235,8 @@ class Contexts:
 
     def _unsent(self, context: Context, start: int, stop: int) -> int:
         """From which position on rows start..stop-1 are to be sent now; `stop`: not at all."""
-        if stop <= context.sent:
-            return stop  # computed again after a preemption
+        if not context.placed or context in self._lagging or stop <= context.sent:
+            return stop  # no room for it; caught up below, from the store; or computed again after a preemption
         if context.sent and start > context.sent:
             self._lagging.add(context)
             return stop

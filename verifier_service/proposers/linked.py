@@ -190,7 +190,10 @@ class LinkProposer:
             sequence = context.sequence
             base = sequence.computed
             if context.sent == base and context.placed and context.asked is None:
-                rows = min(most, context.limit, sequence.remaining - 1)
+                rows = most if most < context.limit else context.limit
+                left = sequence.longest - len(sequence.tokens) - 1
+                if left < rows:
+                    rows = left
                 if rows > 0:
                     context.asked = DraftAsk(context.context_id, base, sequence.tokens[-1], rows)
                     self._asks.append(context.asked)
