@@ -2,8 +2,10 @@
 
 A float32's bits, put in order, are a 32-bit number, and the threshold's is found four bits at a time: of the 16 numbers
 that the next four bits can make, take the largest from which on upwards there are still k tokens, or still the mass p.
-A round reads only the tiles whose largest logit can matter, so that after the first two hardly anything is read.
-Counts are exact; masses are float64 and added in the order of the vocabulary.
+The logits are read once, for the largest of each tile. k tiles have a largest logit of at least the k-th best of these,
+so that only tokens above that, a few of every thousand, are gathered and searched. Where that is not enough (a flat
+row's top_p), the row itself is searched, tile by tile but for those that cannot matter. Counts are exact; masses are
+float64 and added in the order of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import triton
 import triton.language as tl
 
 from kernels.truncation.reference import Candidates, check_arguments, check_count, total_mass
+from kernels.truncation.search import copy_from, last_to_reach, mass_of, order_of, read, value_of, weigh
 
 TILE = 512  # tokens
+ROOM = 1024  # tokens that are gathered of a row
+NUCLEUS_TILES = 64  # without top_k: tiles of whose largest logits the least bounds what is gathered
 
 
 def truncate(
@@ -31,7 +36,32 @@ def truncate(
     tile: tokens that are read at once; masses may round differently with it.
     """
     check_arguments(logits, temperatures, top_k, top_p, min_p)
-    return _cut(logits, temperatures, top_k, top_p, min_p, None, None, tile)[0]
+    rows, vocabulary = logits.shape
+    params = temperatures, top_k, top_p, min_p
+    peaks, masses = _surveyed(logits, *params, tile)
+    gathered = torch.empty(rows, ROOM, dtype=torch.float32, device=logits.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    _gather[(rows,)](
+        *(logits, *params, peaks, gathered, counts, vocabulary, logits.stride(0), peaks.shape[1]),
+        TILES=NUCLEUS_TILES,
+        ROOM=ROOM,
+        TILE=tile,
+        num_warps=8,
+    )
+    thresholds = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    unused = torch.empty(1, dtype=torch.bool, device=logits.device)
+    # Of what was gathered in smaller steps, so that three programs find room for their registers on a processor
+    for source, width, step, warps, each in ((gathered, ROOM, 128, 4, True), (logits, vocabulary, tile, 8, False)):
+        _threshold[(rows,)](
+            *(source, *params, peaks, masses, counts, masses, peaks, thresholds, unused),
+            *(width, source.stride(0), peaks.shape[1]),
+            GATHERED=each,
+            SHARDS=False,
+            TILE=step,
+            BLOCK=triton.next_power_of_2(peaks.shape[1]),
+            num_warps=warps,
+        )
+    return thresholds
 
 
 def candidates(logits: torch.Tensor, temperatures: torch.Tensor, count: int, *, tile: int = TILE) -> Candidates:
@@ -71,36 +101,15 @@ def truncate_shards(
     """As kernels.truncation.reference."""
     together = shards.values.transpose(0, 1).flatten(1)
     check_arguments(together, temperatures, top_k, top_p, min_p)
-    total, bound = total_mass(shards, temperatures), shards.bound.amax(0)
-    return _cut(together, temperatures, top_k, top_p, min_p, total, bound, tile)
-
-
-def _cut(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    total: torch.Tensor | None,
-    bound: torch.Tensor | None,
-    tile: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thresholds, and whether they are settled. total, bound: of all tokens, if logits are candidates only."""
-    rows, vocabulary = logits.shape
-    peaks, masses = _tiles(logits, tile)
-    _survey[peaks.shape[::-1]](
-        *(logits, temperatures, top_k, top_p, min_p, peaks, masses, vocabulary, logits.stride(0)),
-        EVERY_ROW=False,
-        TILE=tile,
-        num_warps=1,
-    )
-    thresholds = torch.empty(rows, dtype=torch.float64, device=logits.device)
-    settled = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    _threshold[(rows,)](
-        *(logits, temperatures, top_k, top_p, min_p, peaks, masses),
-        *(masses if total is None else total, peaks if bound is None else bound, thresholds, settled),
-        *(vocabulary, logits.stride(0), peaks.shape[1]),
-        ALL=total is None,
+    params = temperatures, top_k, top_p, min_p
+    peaks, masses = _surveyed(together, *params, tile)
+    thresholds = torch.empty_like(temperatures)
+    settled = torch.empty(thresholds.shape, dtype=torch.bool, device=thresholds.device)
+    _threshold[thresholds.shape](
+        *(together, *params, peaks, masses, top_k, total_mass(shards, temperatures), shards.bound.amax(0)),
+        *(thresholds, settled, together.shape[1], together.stride(0), peaks.shape[1]),
+        GATHERED=False,
+        SHARDS=True,
         TILE=tile,
         BLOCK=triton.next_power_of_2(peaks.shape[1]),
         num_warps=8,
@@ -108,73 +117,30 @@ def _cut(
     return thresholds, settled
 
 
+def _surveyed(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    tile: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit and the mass of each tile of the rows that something truncates: [rows, tiles]."""
+    peaks, masses = _tiles(logits, tile)
+    _survey[peaks.shape[::-1]](
+        *(logits, temperatures, top_k, top_p, min_p, peaks, masses, logits.shape[1], logits.stride(0)),
+        EVERY_ROW=False,
+        TILE=tile,
+        num_warps=1,
+    )
+    return peaks, masses
+
+
 def _tiles(logits: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for the largest logit and the mass of each tile: [rows, tiles]."""
     shape = logits.shape[0], triton.cdiv(logits.shape[1], tile)
     peaks = torch.empty(shape, dtype=torch.float32, device=logits.device)
     return peaks, torch.empty(shape, dtype=torch.float64, device=logits.device)
-
-
-@triton.jit
-def _read(logits, tile, vocabulary, TILE: tl.constexpr):
-    """Tile number `tile` of the row at `logits`: float32, -inf past the vocabulary's end, and one zero only."""
-    at = tile * TILE + tl.arange(0, TILE)
-    value = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-    return tl.where(value == 0.0, 0.0, value), at < vocabulary
-
-
-@triton.jit
-def _order(value):
-    """Of a float32, an int64 from 0 to 2 ** 32 - 1 in the same order."""
-    bits = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
-
-
-@triton.jit
-def _value(order):
-    """The float32 of an _order; -inf for 0, which is none's."""
-    bits = tl.where(order >= 0x80000000, order - 0x80000000, 0xFFFFFFFF - order)
-    return tl.where(order == 0, float("-inf"), bits.to(tl.int32).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _weight(value, peak, temperature):
-    """float64: exp((value - peak) / temperature); a peak of -inf makes all weights zero."""
-    peak = tl.where(peak == float("-inf"), 0.0, peak).to(tl.float64)
-    return tl.exp(value.to(tl.float64) / temperature - peak / temperature)
-
-
-@triton.jit
-def _total(peaks, masses, peak, temperature, tiles, BLOCK: tl.constexpr):
-    """float64: the mass of all tiles over that of the largest logit."""
-    at = tl.arange(0, BLOCK)
-    own = tl.load(peaks + at, mask=at < tiles, other=float("-inf"))
-    return tl.sum(tl.load(masses + at, mask=at < tiles, other=0.0) * _weight(own, peak, temperature), 0)
-
-
-@triton.jit
-def _last_to_reach(
-    logits, peaks, vocabulary, tiles, target, peak, temperature, COUNT: tl.constexpr, TILE: tl.constexpr
-):
-    """The largest order from which on upwards tokens reach `target` in number (COUNT) or mass; 0 if all do not."""
-    found = tl.full((), 0, tl.int64)
-    digit = tl.arange(0, 16)
-    for level in range(8):
-        shift = 28 - 4 * level
-        steps = found + (digit.to(tl.int64) << shift)
-        next_step = found + (tl.full((), 1, tl.int64) << shift)
-        reached = tl.zeros((16,), tl.float64)
-        for tile in range(tiles):
-            if _order(tl.load(peaks + tile)) >= next_step:
-                value, exists = _read(logits, tile, vocabulary, TILE)
-                order = tl.where(exists, _order(value), -1)
-                amount = tl.full((TILE,), 1.0, tl.float64)
-                if not COUNT:
-                    amount = _weight(value, peak, temperature)
-                reached += tl.sum(tl.where(order[:, None] >= steps[None, :], amount[:, None], 0.0), 0)
-        best = tl.max(tl.where((digit > 0) & (reached >= target), digit, 0), 0)
-        found += best.to(tl.int64) << shift
-    return found
 
 
 @triton.jit
@@ -202,13 +168,46 @@ def _survey(
         if (temperature == 0.0) | ((keeps <= 0) & (share >= 1.0) & (tl.load(min_p + row) <= 0.0)):
             return
         weighs = (keeps <= 0) & (share < 1.0)
-    value, exists = _read(logits + row * logits_row, tile, vocabulary, TILE)
+    value, exists = read(logits + row * logits_row, tile, vocabulary, TILE)
     cell = row * tl.num_programs(0) + tile
     peak = tl.max(value, 0)
     tl.store(peaks + cell, peak)
     if weighs:
-        mass = _weight(value, peak, tl.where(temperature == 0.0, 1.0, temperature))
+        mass = weigh(value, peak, tl.where(temperature == 0.0, 1.0, temperature))
         tl.store(masses + cell, tl.sum(tl.where(exists, mass, 0.0), 0))
+
+
+@triton.jit
+def _gather(
+    logits,
+    temperatures,
+    top_k,
+    top_p,
+    min_p,
+    peaks,
+    gathered,
+    counts,
+    vocabulary,
+    logits_row,
+    tiles,
+    TILES: tl.constexpr,
+    ROOM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A row's logits from a bound on upwards that k of them, or its TILES best tiles, reach. Count: -1 for too many."""
+    row = tl.program_id(0).to(tl.int64)
+    keeps = tl.load(top_k + row)
+    if (tl.load(temperatures + row) == 0.0) | ((keeps <= 0) & (tl.load(top_p + row) >= 1.0)):
+        tl.store(counts + row, 0)
+        return
+    logits += row * logits_row
+    peaks += row * tiles
+    rank = tl.where(keeps > 0, keeps, tl.minimum(TILES, tiles))
+    least = last_to_reach(peaks, peaks, tiles, tl.cdiv(tiles, TILE), rank, 0.0, 1.0, True, False, TILE)
+    stored = 0
+    if least > 0:
+        stored = copy_from(logits, peaks, vocabulary, tiles, least, gathered + row * ROOM, ROOM, TILE)
+    tl.store(counts + row, tl.where((least > 0) & (stored <= ROOM), stored, -1))
 
 
 @triton.jit
@@ -220,6 +219,7 @@ def _threshold(
     min_p,
     peaks,
     masses,
+    counts,
     totals,
     bounds,
     thresholds,
@@ -227,10 +227,14 @@ def _threshold(
     vocabulary,
     logits_row,
     tiles,
-    ALL: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SHARDS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """GATHERED: logits are what was gathered of the rows; else they are whole, and only rows where that is not enough
+    are searched. SHARDS: logits are the candidates of a vocabulary's shards; totals and bounds are of the rest.
+    """
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     keeps = tl.load(top_k + row)
@@ -238,8 +242,17 @@ def _threshold(
     least_share = tl.load(min_p + row)
     if (temperature == 0.0) | ((keeps <= 0) & (share >= 1.0) & (least_share <= 0.0)):
         tl.store(thresholds + row, float("-inf"))
-        tl.store(settled + row, True)
+        if SHARDS:
+            tl.store(settled + row, True)
         return
+    searched = tiles
+    if not SHARDS:
+        count = tl.load(counts + row)
+        if (count >= 0) != GATHERED:
+            return
+        if GATHERED:
+            vocabulary = count
+            searched = tl.cdiv(count, TILE)
     logits += row * logits_row
     peaks += row * tiles
     masses += row * tiles
@@ -248,33 +261,39 @@ def _threshold(
 
     kth = tl.full((), 0, tl.int64)
     if keeps > 0:
-        kth = _last_to_reach(logits, peaks, vocabulary, tiles, keeps, peak, temperature, True, TILE)
+        kth = last_to_reach(logits, peaks, vocabulary, searched, keeps, peak, temperature, True, not GATHERED, TILE)
     nucleus = tl.full((), 0, tl.int64)
     if share < 1.0:
         total = tl.zeros((), tl.float64)
         if keeps > 0:
-            for tile in range(tiles):
-                if _order(tl.load(peaks + tile)) >= kth:
-                    value, exists = _read(logits, tile, vocabulary, TILE)
-                    kept = exists & (_order(value) >= kth)
-                    total += tl.sum(tl.where(kept, _weight(value, peak, temperature), 0.0), 0)
-        elif ALL:
-            total = _total(peaks, masses, peak, temperature, tiles, BLOCK)
-        else:
+            for tile in range(searched):
+                matters = True
+                if not GATHERED:
+                    matters = order_of(tl.load(peaks + tile)) >= kth
+                if matters:
+                    value, exists = read(logits, tile, vocabulary, TILE)
+                    kept = exists & (order_of(value) >= kth)
+                    total += tl.sum(tl.where(kept, weigh(value, peak, temperature), 0.0), 0)
+        elif SHARDS:
             total = tl.load(totals + row)
+        else:
+            total = mass_of(peaks, masses, peak, temperature, tiles, BLOCK)
         target = share * total
-        nucleus = _last_to_reach(logits, peaks, vocabulary, tiles, target, peak, temperature, False, TILE)
+        nucleus = last_to_reach(
+            logits, peaks, vocabulary, searched, target, peak, temperature, False, not GATHERED, TILE
+        )
+        if GATHERED and (keeps <= 0) & (nucleus == 0):
+            tl.store(counts + row, -1)  # for the whole row's turn
+            return
 
-    least = _value(tl.maximum(kth, nucleus)).to(tl.float64) / temperature
+    least = value_of(tl.maximum(kth, nucleus)).to(tl.float64) / temperature
     floor = peak.to(tl.float64) / temperature + tl.log(tl.where(least_share > 0.0, least_share, 1.0))
     tl.store(thresholds + row, tl.maximum(least, tl.where(least_share > 0.0, floor, float("-inf"))))
-    if ALL:
-        tl.store(settled + row, True)
-    else:
-        bound = _order(tl.load(bounds + row))
+    if SHARDS:
+        bound = order_of(tl.load(bounds + row))
         known = (keeps <= 0) | (kth > bound) | ((share >= 1.0) & (kth == bound))
         known &= (share >= 1.0) | (keeps > 0) | (nucleus >= bound)
-        tl.store(settled + row, known | (_value(bound) == float("-inf")))
+        tl.store(settled + row, known | (value_of(bound) == float("-inf")))
 
 
 @triton.jit
@@ -305,18 +324,11 @@ def _collect(
     at = tl.arange(0, BLOCK)
     top = tl.max(tl.load(peaks + at, mask=at < tiles, other=float("-inf")), 0)
     tl.store(peak + row, top)
-    tl.store(mass + row, _total(peaks, masses, top, temperature, tiles, BLOCK))
+    tl.store(mass + row, mass_of(peaks, masses, top, temperature, tiles, BLOCK))
 
-    last = _last_to_reach(logits, peaks, vocabulary, tiles, count, top, 1.0, True, TILE)
-    tl.store(bound + row, tl.where(count < vocabulary, _value(last), float("-inf")))
-    stored = 0
-    for tile in range(tiles):
-        if _order(tl.load(peaks + tile)) > last:
-            value, exists = _read(logits, tile, vocabulary, TILE)
-            above = (exists & (_order(value) > last)).to(tl.int32)
-            place = stored + tl.cumsum(above, 0) - 1
-            tl.store(values + place, value, mask=(above > 0) & (place < count))
-            stored += tl.sum(above, 0)
+    last = last_to_reach(logits, peaks, vocabulary, tiles, count, top, 1.0, True, True, TILE)
+    tl.store(bound + row, tl.where(count < vocabulary, value_of(last), float("-inf")))
+    stored = copy_from(logits, peaks, vocabulary, tiles, last + 1, values, count, TILE)
     for begin in range(stored, count, TILE):
         place = begin + tl.arange(0, TILE)
-        tl.store(values + place, tl.full((TILE,), 0.0, tl.float32) + _value(last), mask=place < count)
+        tl.store(values + place, tl.full((TILE,), 0.0, tl.float32) + value_of(last), mask=place < count)

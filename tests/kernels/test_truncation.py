@@ -129,6 +129,21 @@ def test_top_p_is_of_what_top_k_left(way: Any):
     assert a_row(logits, way, top_p=0.62, top_k=2) == [0]
 
 
+@pytest.mark.parametrize("room", [1, 8, 1024])
+def test_rows_of_which_too_much_would_be_gathered_are_searched_whole(room: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "ROOM", room)
+    logits = some_logits(4, coarse=True)
+    params: list[dict[str, Any]] = [
+        {"top_k": 2},
+        {"top_k": 30, "top_p": 0.9},
+        {"top_p": 0.4},
+        {"top_p": 0.999, "min_p": 0.01},
+    ]
+    wanted = tensors([SamplingParams(**{"temperature": 1.0, **each}) for each in params])
+    got = kernel.truncate(logits, *wanted, tile=32)
+    torch.testing.assert_close(got, reference.truncate(logits, *wanted), rtol=1e-14, atol=0.0)
+
+
 @WAYS
 def test_greedy_rows_and_rows_without_truncation_keep_everything(way: Any):
     logits = torch.randn(2, 30)
