@@ -23,12 +23,13 @@ WORTH = 1.03  # drafting has to promise this much over plain decoding: estimates
 PLAIN_FIRST = 3  # plain steps before the first drafts of a batch size are asked for
 PLAIN_EVERY = 64  # drafted steps between two plain ones
 PROBE_ROWS, PROBE_LEAST = 24, 4  # a probe lasts until so many rows are verified, and so many steps at least
-FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # plain steps between two probes
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # plain steps between two probes, as pauses double
+LONGEST_DEBT = 1 << 16  # the same after a probe that has lost so much that its share takes longer
 PROBE_REQUESTS = 8  # are asked for in a probe, at most
 SCALED_BY = 4  # full asks after such a probe, which tell what the others cost
 PROBE_SHARE = 0.01  # of the time may go into probes that lose
 FIRST_SHARE = 0.02  # the same for all batch sizes together, before another size is probed for the first time
-OUTLIER = 8  # times the usual: a longer wait counts as one of so many, since a single one says little about the next
+OUTLIER = 8  # times the usual: a longer wait counts as one of so many: the first may compile, and says little
 FULL_EVERY = 24  # drafted steps between two that ask for all rows, so that far positions stay known
 
 
@@ -68,6 +69,12 @@ class _Costs:
     pause: int = FIRST_PAUSE
     probing: int = 0  # asks left whatever they cost
 
+    def doubt_scale(self) -> None:
+        """Only full asks measure it, and where it is too high there are none: it falls until there are some again."""
+        doubted = (1 + self.scale.value) / 2
+        self.wait.value *= doubted / max(self.scale.value, 1e-9)
+        self.scale = Mean(value=doubted)
+
 
 class SpeculationControl:
     """One engine's choice of k, by batch size (requests rounded up to a power of two). most: block size - 1."""
@@ -102,12 +109,12 @@ class SpeculationControl:
         if best == 0:
             self._lost += costs.lost
             affordable = int(costs.lost / (PROBE_SHARE * max(costs.plain.value, 1e-9)))
-            costs.paused, costs.lost = min(max(costs.pause, affordable), LONGEST_PAUSE), 0.0
+            costs.paused, costs.lost = max(costs.pause, min(affordable, LONGEST_DEBT)), 0.0
             costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
+            costs.doubt_scale()
             return 0
-        costs.lost = 0.0
         if not costs.scaling:
-            costs.pause = FIRST_PAUSE
+            costs.pause, costs.lost = FIRST_PAUSE, 0.0
         costs.since_plain += 1
         if costs.since_plain >= PLAIN_EVERY:
             costs.since_plain = 0
@@ -144,9 +151,9 @@ class SpeculationControl:
         if seconds is None:
             return
         self._elapsed += seconds
-        costs.lost += seconds
         usual = max(costs.wait.value, costs.plain.value)
         seconds = min(seconds, OUTLIER * usual) if usual else seconds
+        costs.lost += seconds
         if partial:
             costs.part.add(seconds)
             costs.wait.add(seconds * costs.scale.value)
@@ -156,6 +163,9 @@ class SpeculationControl:
             costs.wait.value = costs.part.value * costs.scale.value
         else:
             costs.wait.add(seconds)
+        asked = _probe_steps(requests) - costs.probing
+        if asked >= PROBE_LEAST and costs.plain.samples and costs.wait.value > self.most * costs.plain.value:
+            costs.probing = 0  # were all drafts right, it would not pay
 
     def verified(self, drafted: int, accepted: int) -> None:
         """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known."""

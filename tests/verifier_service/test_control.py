@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verifier_service.control import FIRST_PAUSE, LONGEST_PAUSE, PLAIN_FIRST, PROBE_ROWS, SpeculationControl
+from verifier_service.control import (
+    FIRST_PAUSE,
+    LONGEST_DEBT,
+    PLAIN_FIRST,
+    PROBE_REQUESTS,
+    PROBE_ROWS,
+    SpeculationControl,
+)
 
 
 @dataclass
@@ -77,6 +84,28 @@ def test_it_comes_close_to_the_best_fixed_number_of_drafts(row, wait, right, req
 def test_many_requests_are_drafted_for_where_it_pays_though_probes_ask_for_few(flat):
     machine = Machine(plain=1.0, row=0.001, wait=0.3, right=0.8, flat=flat)
     assert machine.run(SpeculationControl(7), 64, 600) >= 0.85 * max(machine.rate(k, 64) for k in range(8))
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+@pytest.mark.parametrize("wait", [10.0, 20.0])
+def test_a_drafter_that_takes_many_steps_and_is_never_right_costs_two_percent_in_the_long_run(requests, wait):
+    machine, control = Machine(plain=1.0, row=0.02, wait=wait, right=0.0), SpeculationControl(7)
+    machine.run(control, requests, 10000)
+    assert machine.run(control, requests, 30000) >= 0.98 * machine.rate(0, requests)
+
+
+@pytest.mark.parametrize("slow", [5.0, 50.0])
+def test_drafting_survives_a_slow_first_ask_of_all_requests(slow):
+    """It has to bring the drafter the features of those that the probe left out."""
+    control, asked, full = warmed(64), 0, 0
+    for _ in range(8000):
+        drafts = control.choose(64)
+        if drafts:
+            full += (asked := min(64, control.ask_at_most)) > PROBE_REQUESTS
+            control.waited(64, slow if full == 1 and asked > PROBE_REQUESTS else 0.1)
+            control.verified(drafts, drafts)
+        control.step(64, drafts * asked if drafts else 0, 1.0)
+    assert full > 4000, "it pays in every step"
 
 
 @pytest.mark.parametrize("flat", [0.0, 1.0])
@@ -186,7 +215,7 @@ def test_a_pause_is_bounded_however_much_the_last_probe_cost():
     rested = 0
     while control.choose(1) == 0:
         rested += 1
-        assert rested <= LONGEST_PAUSE + 1  # the choice that begins it is a plain step, too
+        assert rested <= LONGEST_DEBT + 1  # the choice that begins it is a plain step, too
     assert rested > FIRST_PAUSE
 
 
