@@ -207,7 +207,7 @@ class Scheduler:
         row = 0
         for sequence, work in flight.work:
             sequence.awaited = row
-            row += 1 if isinstance(work, VerifyRow) else work.completes_prompt
+            row += len(work.token_ids) if isinstance(work, VerifyRow) else work.completes_prompt
             if sequence.slot < 0:
                 self._abandon(work)
             elif isinstance(work, VerifyRow):

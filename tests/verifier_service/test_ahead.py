@@ -166,6 +166,23 @@ def test_drafts_that_come_while_their_request_is_under_way_are_used_where_they_s
     assert scheduler.plan_ahead() is None, "drafts may stand or fall"
 
 
+def test_the_drafts_of_a_removed_request_have_rows_of_the_logits_all_the_same():
+    scheduler, _ = begun(*(request(name, prompt=1, output=20) for name in "abcd"))
+    scheduler.commit([10, 20, 30, 40])
+    scheduler.limits = replace(ROOMY, step_tokens=2)  # for a and b; drafts for c come meanwhile
+    scheduler.plan()
+    scheduler.limits = ROOMY
+    scheduler.requests()[2].drafts = (31, 32)
+    second = scheduler.plan_ahead()
+    assert second is not None
+    assert [row.token_ids for row in second.verify] == [(-1,), (-2,), (30, 31, 32), (40,)]
+    scheduler.commit([11, 21])
+    scheduler.remove(("c", 0))
+    third = scheduler.plan_ahead()
+    assert third is not None
+    assert [row.token_ids for row in third.verify] == [(-1,), (-2,), (-6,)]
+
+
 class LoopAhead(Loop):
     """Mostly plans a step before the one before is committed, where that is possible."""
 
