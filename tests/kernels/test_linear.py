@@ -31,11 +31,13 @@ def test_a_packed_product_is_that_with_the_dequantized_weight(name: str, dtype: 
     close(kernel.linear(x, weight), reference.linear(x, weight))
 
 
+@pytest.mark.parametrize("columns", [(22, 128), (64, 192)])  # the second: where tiles of some formats begin
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_part_may_begin_and_end_inside_of_blocks(name: str):
-    x, whole = torch.randn(2, 106), random_matrix(name, 40, 320)
-    part = whole.rows(5, 31).columns(22, 128)
-    assert torch.equal(part.dense(torch.float32), whole.dense(torch.float32)[5:31, 22:128])
+def test_a_part_may_begin_and_end_inside_of_blocks(name: str, columns: tuple[int, int]):
+    begin, end = columns
+    x, whole = torch.randn(2, end - begin), random_matrix(name, 40, 320)
+    part = whole.rows(5, 31).columns(begin, end)
+    assert torch.equal(part.dense(torch.float32), whole.dense(torch.float32)[5:31, begin:end])
     close(kernel.linear(x, part), reference.linear(x, part))
 
 

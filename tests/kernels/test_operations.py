@@ -85,6 +85,18 @@ def test_hundreds_of_rows_of_a_plain_weight_are_torchs_product_but_not_if_bits_c
     assert (TritonLinear(weight, deterministic=True)(x) == 7).all()
 
 
+def test_a_deterministic_linear_layer_has_the_same_bits_whatever_share_of_its_output_a_rank_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sum_products_in_order(monkeypatch)
+    monkeypatch.setattr("kernels.linear.kernel.PROGRAMS", 2)
+    monkeypatch.setattr("kernels.linear.kernel.SHORTEST", 32)
+    x, weight = torch.randn(2, 256), plain(128, 256)
+    for deterministic in (True, False):
+        whole, half = (TritonLinear(part, deterministic=deterministic)(x) for part in (weight, weight[:64]))
+        assert torch.equal(whole[:, :64], half) == deterministic
+
+
 @pytest.mark.parametrize("make", [plain, fp8, int4, nvfp4])
 def test_experts_are_those_of_a_loop(make, never_whole):
     parts = [make(EXPERTS, WIDTH, HIDDEN), make(EXPERTS, WIDTH, HIDDEN)]
