@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.linear.matrix import Matrix
 from kernels.linear.reference import add_leaves
-from kernels.moe import kernel, reference
+from kernels.moe import assignment, kernel, reference
 from kernels.moe.tiles import most_tiles
 from tests.kernels.products import FORMATS, close, random_matrix, sum_products_in_order
 
@@ -70,7 +70,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(way, tokens: int, experts: int,
 
 
 def test_more_pairs_than_a_chunk_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernel, "CHUNK", 32)
+    monkeypatch.setattr(assignment, "CHUNK", 32)
     chosen = choices(45)
     got, want = (way.assign(chosen, EXPERTS, 16) for way in (kernel, reference))
     assert torch.equal(got.experts, want.experts)
