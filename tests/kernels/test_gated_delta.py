@@ -34,7 +34,7 @@ def test_outputs_and_corrected_values_are_those_of_the_verifiers_block(way):
         if own.start < own.stop:
             query, key, value, log_decay, beta = (x[own].transpose(0, 1) for x in inputs)
             wide = (x.repeat_interleave(2, dim=0) for x in (query, key))
-            output, decay, corrected = one_block(*wide, value, log_decay, beta, memory[slot])
+            output, decay, corrected = one_block(*(*wide, value, log_decay, beta, memory[slot]))
             for found, want in zip(got, (output, decay, corrected)):
                 torch.testing.assert_close(found[own].transpose(0, 1), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(memory, before), "a verify must not write the committed state"
@@ -60,19 +60,19 @@ def test_a_commit_is_as_if_only_the_accepted_tokens_had_been_run(way):
 def test_heads_before_tokens_may_be_viewed_as_tokens_before_heads():
     *inputs, memory, slots = a_batch()
     flipped = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    got = kernel.gated_delta_verify(*flipped, memory, slots, STARTS)
-    plain = kernel.gated_delta_verify(*inputs, memory, slots, STARTS)
+    got = kernel.gated_delta_verify(*(*flipped, memory, slots, STARTS))
+    plain = kernel.gated_delta_verify(*(*inputs, memory, slots, STARTS))
     assert all(torch.equal(own[:TOKENS], want[:TOKENS]) for own, want in zip(got, plain))
 
 
 def test_a_token_does_not_depend_on_how_many_are_verified_nor_on_other_rows():
     *inputs, memory, slots = a_batch()
-    all_rows = kernel.gated_delta_verify(*inputs, memory, slots, STARTS)
-    alone = kernel.gated_delta_verify(*inputs, memory, slots[:1], torch.tensor([0, 3], dtype=torch.int32))
+    all_rows = kernel.gated_delta_verify(*(*inputs, memory, slots, STARTS))
+    alone = kernel.gated_delta_verify(*(*inputs, memory, slots[:1], torch.tensor([0, 3], dtype=torch.int32)))
     assert torch.equal(all_rows.output[:3], alone.output[:3])
 
 
 def test_sizes_that_the_kernel_cannot_do_are_named():
     *inputs, memory, slots = a_batch(value_dim=24)
     with pytest.raises(ValueError, match="value_dim is 24"):
-        kernel.gated_delta_verify(*inputs, memory, slots, STARTS)
+        kernel.gated_delta_verify(*(*inputs, memory, slots, STARTS))

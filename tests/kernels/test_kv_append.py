@@ -55,7 +55,7 @@ def test_heads_are_normed_before_they_turn(way, rotary):
     query, key, value, cos, sin, keys, values = a_step(rotary)
     weights, rows, plain = torch.rand(2, 24) + 0.5, torch.tensor([17, 3, 0, 8]), (keys.clone(), values.clone())
     normed = [torch.nn.functional.rms_norm(x, (24,), weight, 1e-2) for x, weight in zip((query, key), weights)]
-    want = reference.rotate_and_append(*normed, value, cos, sin, rows, *plain)
+    want = reference.rotate_and_append(*(*normed, value, cos, sin, rows, *plain))
     norms = {"query_norm": weights[0], "key_norm": weights[1], "norm_eps": 1e-2}
     got = way.rotate_and_append(query, key, value, cos, sin, rows, keys, values, **norms)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ BLOCK_TOKENS = 4
 WAYS = pytest.mark.parametrize("way", [reference, kernel], ids=["reference", "kernel"])
 
 
-def ints(values: list[int]) -> torch.Tensor:
+def ints(values: list[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
