@@ -19,6 +19,7 @@ import torch
 from cluster.contracts import Configure, Delta, EngineInfo, EngineRequest, Status
 from cluster.errors import OverloadedError
 from cluster.grammar import GrammarError
+from verifier_service.beside import Beside
 from verifier_service.commands import Abort, Command, Compiled, Drop, Start
 from verifier_service.deadlines import Deadlines
 from verifier_service.drafting import Drafting
@@ -85,6 +86,7 @@ class Engine:
         self._deadlines = Deadlines()
         self._tally = Tally()
         self._runs_ahead = runner.shape.device.startswith("cuda") if runs_ahead is None else runs_ahead
+        self._beside = Beside(runner.shape.device)
         self._under_way: Launched | None = None
         self._idle_from: Mark | None = None  # when the device was done with the step read last
         self._max_commands = limits.max_waiting + limits.slots + SPARE_COMMANDS
@@ -222,7 +224,11 @@ class Engine:
         progress = self._scheduler.commit(samples)
         for ended in self._constrained.advance(progress):
             self._scheduler.remove(ended.sequence.key)
-        self._drafting.advance(progress, step.taps)
+        if self._under_way is None:
+            self._drafting.advance(progress, step.taps)
+        else:
+            with self._beside.after(step.last):
+                self._drafting.advance(progress, step.taps)
         self._emission.emit(progress, step.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
         drafting = self._drafting.collect()

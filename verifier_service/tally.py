@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from verifier_service.plan import StepPlan
 from verifier_service.sequence import Progress
+
+
+def gap_share(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Between two accounts of an engine: the share of its steps' time in which the device had nothing to do."""
+    seconds = after["step_seconds"] - before["step_seconds"]
+    return (after["gap_seconds"] - before["gap_seconds"]) / seconds if seconds > 0 else 0.0
 
 
 class Tally:

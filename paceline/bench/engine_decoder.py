@@ -13,6 +13,7 @@ from cluster.api.engine_client import EngineClient
 from cluster.contracts import Delta, EngineRequest, SamplingParams, SetDrafters, Status
 from paceline.bench.errors import BenchError
 from paceline.bench.runs import Output, Run
+from verifier_service.tally import gap_share
 
 ANSWER_S = 30.0
 LINK_S = 60.0
@@ -100,6 +101,7 @@ class EngineDecoder:
             outputs=tuple(outputs[index] for index in range(len(prompts))),
             draft_seconds=growth(before, after, "draft_seconds") if self._drafted else None,
             step_seconds=growth(before, after, "step_seconds"),
+            gap_share=gap_share(before.counters, after.counters),
             link_bytes=growth(before, after, "link_bytes") if self._remote else None,
             context_tokens=growth(before, after, "context_tokens") if self._remote else None,
         )

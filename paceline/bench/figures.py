@@ -15,8 +15,8 @@ from paceline.bench.runs import Run
 class Row:
     """One decoder at one concurrency. tokens_per_s: median; slowest, fastest: over the repeats.
 
-    ratio: to plain decoding of the same repeat, median. draft_share: of the step's time, 0..1. link_bytes: sent per
-    token of context. text: agreement in words. None = not applicable.
+    ratio: to plain decoding of the same repeat, median. draft_share, gap_share: of the step's time, 0..1, as in Run.
+    link_bytes: sent per token of context. text: agreement in words. None = not applicable.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Row:
     ratio: float | None
     tau: Tau | None
     draft_share: float | None
+    gap_share: float | None
     link_bytes: float | None
     text: str
     note: str = ""
@@ -61,6 +62,7 @@ def row(
         ratio=ratio,
         tau=tau([(o.token_ids, o.commits) for run in runs for o in run.outputs]) if drafted else None,
         draft_share=_draft_share(runs),
+        gap_share=_gap_share(runs),
         link_bytes=_link_bytes(runs),
         text="" if agreement is None else str(agreement),
         note=note,
@@ -73,6 +75,11 @@ def _draft_share(runs: Sequence[Run]) -> float | None:
         for run in runs
         if run.draft_seconds is not None and run.step_seconds is not None and run.step_seconds > 0
     ]
+    return median(shares) if shares else None
+
+
+def _gap_share(runs: Sequence[Run]) -> float | None:
+    shares = [run.gap_share for run in runs if run.gap_share is not None]
     return median(shares) if shares else None
 
 

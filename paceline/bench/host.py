@@ -41,7 +41,8 @@ PROMPT_TOKENS = 32  # and up to a block more, so that blocks do not fill up all 
 STORE_BYTES = 256 << 20
 RUN_S = 300.0
 LINK_S = 10.0
-NAMES = ("plain", "drafted", "drafted, tcp")
+AHEAD = "plain, ahead"  # launched before the one before is read, as on a GPU
+NAMES = ("plain", AHEAD, "drafted", "drafted, tcp")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class _Timed:
 @contextmanager
 def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
     drafts = NullDrafts(options.drafts + 1, options.right)
-    if name == "plain":
+    if name in ("plain", AHEAD):
         yield None
     elif name == "drafted":
         yield NullLink(drafts)
@@ -182,7 +183,7 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
             soft_deadline_s=1.0,
         )
     info = EngineInfo("host", "", context, VOCABULARY, options.requests, drafts + 1)
-    engine = Engine(runner, limits, info, proposer=proposer)
+    engine = Engine(runner, limits, info, proposer=proposer, runs_ahead=name == AHEAD)
     left, over = [options.requests], threading.Event()
 
     def sink(deltas: list[Delta]) -> None:

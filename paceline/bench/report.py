@@ -23,6 +23,7 @@ HEADINGS = (
     "outside\nloops",
     "loop\nshare",
     "draft\nshare",
+    "gap\nshare",
     "link\nbytes",
 )
 
@@ -52,6 +53,7 @@ def table(rows: Sequence[Row], skipped: Sequence[Skipped], title: str) -> Table:
             _number(tau.outside_loops if tau else None, ".2f"),
             _number(tau.loop_share if tau else None, ".0%"),
             _number(row.draft_share, ".0%"),
+            _number(row.gap_share, ".0%"),
             _number(row.link_bytes, ".0f"),
             row.text or ABSENT,
         )

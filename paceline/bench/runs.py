@@ -19,14 +19,16 @@ class Output:
 class Run:
     """All prompts once at one concurrency. seconds: wall clock. outputs: in the prompts' order.
 
-    draft_seconds of step_seconds were spent waiting for drafts; link_bytes were sent for the features of context_tokens
-    tokens, control frames included. None = not applicable to this decoder.
+    draft_seconds of step_seconds were spent waiting for drafts; gap_share: of step_seconds, what lay between the end of
+    a forward and the beginning of the next; link_bytes were sent for the features of context_tokens tokens, control
+    frames included. None = not applicable to this decoder.
     """
 
     seconds: float
     outputs: tuple[Output, ...]
     draft_seconds: float | None = None
     step_seconds: float | None = None
+    gap_share: float | None = None
     link_bytes: float | None = None
     context_tokens: float | None = None
 

@@ -19,6 +19,7 @@ from verifier_service.plan import StepPlan
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.sequence import Progress
 from verifier_service.step_watch import LEAST_S
+from verifier_service.tally import gap_share
 
 assert running  # a fixture
 
@@ -108,6 +109,27 @@ def test_a_step_is_launched_before_the_one_before_is_told(running):
     assert events == [
         "launch 1", "launch 2", "told 1", "launch 3", "told 2", "launch 4", "told 3", "told 4",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_waiting_for_requests_is_no_gap_between_steps(running, runs_ahead):
+    engine = running(make_engine(runs_ahead=runs_ahead))
+    inbox = Inbox()
+    for name in "ab":
+        engine.submit(request(name, output=1), inbox)
+        inbox.wait(name)
+    assert engine.status().counters["gap_seconds"] == 0
+    engine.submit(request("c", output=9), inbox)
+    inbox.wait("c")
+    counters = engine.status().counters
+    assert counters["gap_seconds"] > 0
+    assert gap_share({"gap_seconds": 0.0, "step_seconds": 0.0}, counters) < 1
+
+
+def test_the_gap_share_is_of_the_time_in_steps_between_two_accounts():
+    before, after = {"gap_seconds": 1.0, "step_seconds": 10.0}, {"gap_seconds": 1.5, "step_seconds": 20.0}
+    assert gap_share(before, after) == 0.05
+    assert gap_share(before, before) == 0
 
 
 def test_random_aborts_leak_nothing_and_change_no_other_text(running):

@@ -58,7 +58,10 @@ def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tens
     def spread(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(counts)
 
-    rows = (spread([draw.row for draw in draws]) + within).to(device)
+    def there(values: torch.Tensor) -> torch.Tensor:
+        return copied(values, device)
+
+    rows = there(spread([draw.row for draw in draws]) + within)
     keys = row_keys(
         spread([signed(draw.seed) for draw in draws]),
         spread([draw.choice for draw in draws]),
@@ -66,13 +69,18 @@ def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tens
     )
     wanted = WantedRows(
         any(_truncates(draw.params) for draw in draws),
-        keys.to(device),
-        spread([draw.params.temperature for draw in draws], torch.float64).to(device),
-        spread([draw.params.top_p for draw in draws], torch.float64).to(device),
-        spread([draw.params.min_p for draw in draws], torch.float64).to(device),
-        spread([draw.params.top_k for draw in draws]).to(device),
+        there(keys),
+        there(spread([draw.params.temperature for draw in draws], torch.float64)),
+        there(spread([draw.params.top_p for draw in draws], torch.float64)),
+        there(spread([draw.params.min_p for draw in draws], torch.float64)),
+        there(spread([draw.params.top_k for draw in draws])),
     )
     return rows, wanted
+
+
+def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host tensor on `device`. From pinned memory: for any other, the host waits until a GPU has done all it has."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ def test_draft_share_is_draft_time_of_step_time():
     assert row("plain", 1, [run(1.0)], None, None).draft_share is None
 
 
+def test_gap_share_is_the_median_of_the_runs():
+    shares = (0.01, 0.3, 0.02)
+    assert row("plain", 1, [run(1.0, gap_share=share) for share in shares], None, None).gap_share == 0.02
+    assert row("transformers", 1, [run(1.0)], None, None).gap_share is None
+
+
 def test_link_bytes_are_per_token_whose_features_were_sent():
     assert row("drafted", 1, [run(1.0, link_bytes=10_000, context_tokens=10)], None, None).link_bytes == 1000
 
