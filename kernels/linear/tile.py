@@ -25,15 +25,10 @@ ROW_TILES = (16, 32, 64, 128)  # they change neither the order of a sum nor its 
 
 @dataclass(frozen=True)
 class WeightTile:
-    """How a weight is read in tiles of `width` columns, sections of the input being `section` columns long.
+    """How a weight is read in tiles. arguments: codes, scales, factor and strides, as kernels take them; constants:
+    what is known when they are compiled."""
 
-    groups: scales that a row of the tile has, all equally wide; 0 = its columns look for their scale one by one.
-    """
-
-    width: int
-    section: int
-    groups: int
-    arguments: tuple[Any, ...]  # of the kernel: codes, scales, factor, strides
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
 
@@ -43,9 +38,8 @@ def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype) -> WeightTile
     most = 256 if weight.to_byte == 2 else 128 if dtype.itemsize < 4 else 64
     length = triton.cdiv(columns, sections)
     width = max(32, min(most, triton.next_power_of_2(length)))
-    section = length if columns % sections == 0 else triton.cdiv(length, width) * width
+    section = length if columns % (sections * weight.to_byte) == 0 else triton.cdiv(length, width) * width
     scales = weight.scales if weight.scales is not None else weight.codes
-    groups = _groups(weight, width, section, one=section >= columns)
     stacked = weight.codes.dim() == 3
     arguments = (
         *(weight.codes, _as_stored(scales), weight.codes if weight.factor is None else weight.factor),
@@ -62,7 +56,7 @@ def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype) -> WeightTile
         "BLOCK_COLUMNS": weight.block[1],
         "FIRST_ROW": weight.first[0],
         "FIRST_COLUMN": weight.first[1],
-        "GROUPS": groups,
+        "GROUPS": _groups(weight, width, section),
         "E8M0": weight.scales is not None and weight.scales.dtype == torch.float8_e8m0fnu,
         "FACTOR": weight.factor is not None,
         "PAIRS": weight.to_byte == 2 and dtype == torch.bfloat16 and COMPILED,
@@ -71,7 +65,7 @@ def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype) -> WeightTile
         "OUT_TILE": OUT_TILE,
         "WHOLE": section % width == 0 and columns % section == 0,
     }
-    return WeightTile(width, section, groups, arguments, constants)
+    return WeightTile(arguments, constants)
 
 
 def row_tile(rows: float, weight: Matrix) -> int:
@@ -80,13 +74,14 @@ def row_tile(rows: float, weight: Matrix) -> int:
     return next((tile for tile in tiles if tile >= rows), tiles[-1])
 
 
-def _groups(weight: Matrix, width: int, section: int, *, one: bool) -> int:
+def _groups(weight: Matrix, width: int, section: int) -> int:
+    """Scales that a row of a tile has, all equally wide; 0 = its columns look for their scale one by one."""
     block, first = weight.block[1], weight.first[1]
     if weight.scales is None or weight.scales.shape[-1] == 1:
         return 1
     together = max(block, width)
     apart = min(block, width)
-    if together % apart or first % apart or not (one or section % apart == 0):
+    if together % apart or first % apart or (section < weight.shape[-1] and section % apart):
         return 0
     return max(1, width // block)
 
