@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cluster.errors import LinkError, PacelineError
+from cluster.errors import LinkError
 from cluster.link.face import Peer
 from cluster.link.messages import MAX_ENTRIES, PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Welcome
 from drafter_service.attention import Block
@@ -281,10 +281,7 @@ class DrafterEngine:
         self._counters["empty"] += answers.empty
         for peer, of_peer in answers.by_peer():
             for first in range(0, len(of_peer), MAX_ENTRIES):
-                try:
-                    peer.answer(of_peer[first : first + MAX_ENTRIES])
-                except PacelineError as error:  # context ids so long that no frame holds them
-                    log.warning("answers for %s could not be sent: %s", peer.link_id, error)
+                peer.answer(of_peer[first : first + MAX_ENTRIES])
 
 
 def block_drafter(loaded: LoadedDrafter, slots: int) -> BlockDrafting:

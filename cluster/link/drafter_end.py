@@ -26,6 +26,7 @@ from cluster.link.messages import (
     DraftAnswer,
     Drafted,
     Evicted,
+    FromDrafter,
     FromVerifier,
     Heartbeat,
     Hello,
@@ -45,7 +46,10 @@ MAX_STRANGERS = 64  # connections that have proved nothing yet
 
 
 class LinkedPeer:
-    """One epoch of one verifier. Sends are dropped once the connection is closed."""
+    """One epoch of one verifier. Sends are dropped once the connection is closed.
+
+    A verifier whose context ids are so long that no frame holds what is to be said of them loses its connection.
+    """
 
     def __init__(self, hello: Hello, connection: Connection[FromVerifier], codec: Codec[FromVerifier]):
         self.hello = hello
@@ -54,14 +58,22 @@ class LinkedPeer:
         self._codec = codec
 
     def answer(self, answers: Sequence[DraftAnswer]) -> None:
-        self.connection.send(self._codec.pack(Drafted(tuple(answers))))
+        self._send(Drafted(tuple(answers)))
 
     def ack(self, marks: Sequence[Mark]) -> None:
         """Leaves with the next answer or heartbeat: nobody waits for it."""
-        self.connection.send(self._codec.pack(Ack(tuple(marks))), hold=True)
+        self._send(Ack(tuple(marks)), hold=True)
 
     def evicted(self, context_id: str) -> None:
-        self.connection.send(self._codec.pack(Evicted(context_id)))
+        self._send(Evicted(context_id))
+
+    def _send(self, message: FromDrafter, hold: bool = False) -> None:
+        try:
+            frame = self._codec.pack(message)
+        except ProtocolError as error:
+            self.connection.close(f"its context ids are too long: {error}")
+        else:
+            self.connection.send(frame, hold=hold)
 
 
 class DrafterServer:

@@ -174,8 +174,9 @@ class RemoteLink:
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         self._book.close(context_ids)
         session = self._live()
-        if session is not None and context_ids:
-            session.connection.send(self._codec.pack(Close(tuple(context_ids))))
+        if session is not None:
+            for first in range(0, len(context_ids), MAX_ENTRIES):
+                session.connection.send(self._codec.pack(Close(tuple(context_ids[first : first + MAX_ENTRIES]))))
 
     def evicted(self) -> list[str]:
         return self._book.take_evicted()

@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import LinkError
 from cluster.handshake import HANDSHAKE, LINK, Accepted, Challenge, Dialler
+from cluster.link.connection import MAX_CONTROL_BYTES
 from cluster.link.drafter_end import MAX_STRANGERS
 from cluster.link.messages import (
     MAX_ENTRIES,
@@ -265,6 +266,28 @@ def test_a_failing_handler_costs_one_connection_and_not_the_server(stops, method
             except ConnectionError:
                 break
     assert answers(link)
+
+
+@pytest.mark.parametrize("telling", ["ack", "answer", "evicted"])
+def test_context_ids_that_no_frame_holds_cost_their_verifier_its_connection_and_raise_nothing(stops, telling):
+    handler = Echo()
+    server = stops(serve(handler))
+    verifier = Verifier(server.address)
+    eventually(lambda: handler.peers)
+    (peer,) = handler.peers
+    longest = "x" * MAX_CONTROL_BYTES
+    said = {"ack": [Mark(longest, 1)], "answer": [DraftAnswer(longest, 1, (), ())], "evicted": longest}
+    getattr(peer, telling)(said[telling])
+    assert verifier.hears_the_end()
+
+
+def test_any_number_of_contexts_is_closed_at_once(stops):
+    handler = Echo()
+    link = stops(connect(stops(serve(handler)).address))
+    eventually(lambda: link.state.linked)
+    contexts = [f"v/{'r' * 256}{number}/0" for number in range(8 * MAX_ENTRIES)]
+    link.close_contexts(contexts)
+    eventually(lambda: len(handler.closed) == len(contexts))
 
 
 def test_a_verifier_that_does_not_read_is_dropped_and_blocks_nobody(stops):
