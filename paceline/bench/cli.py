@@ -44,6 +44,7 @@ def engine(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     kv_dtype: Annotated[str, typer.Option(help="of the engines' KV caches, as verifier.kv_dtype")] = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="plain decoding in that mode as well")] = False,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -65,6 +66,7 @@ def engine(
         device=device,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        deterministic=deterministic,
     )
     try:
         result = bench(options)

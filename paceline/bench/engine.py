@@ -28,7 +28,10 @@ from paceline.progress import bar
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the command line says. prompts None: the shipped ones. dtype: of target, drafter and link alike."""
+    """What the command line says. prompts None: the shipped ones. dtype: of target, drafter and link alike.
+
+    deterministic: beside plain decoding, the same in deterministic mode.
+    """
 
     target: Path
     drafter: Path
@@ -42,6 +45,7 @@ class EngineOptions:
     device: str
     dtype: str
     kv_dtype: str = "auto"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def bench(options: EngineOptions) -> Result:
             temperature=options.temperature,
             stop_token_ids=reference.stop_token_ids,
         )
-        starts = (engine_rows.plain, engine_rows.disaggregated, engine_rows.colocated)
+        starts = [engine_rows.plain, engine_rows.disaggregated, engine_rows.colocated]
+        if options.deterministic:
+            starts.insert(1, engine_rows.deterministic)
         decoders: list[Decoder] = []
         with bar("engines", len(starts)) as advance:
             for start in starts:

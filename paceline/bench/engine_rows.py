@@ -1,4 +1,4 @@
-"""Starts the engines of the table: plain, drafted from another process, drafted in rank 0's own."""
+"""Starts the engines of the table: plain, deterministic, drafted from another process, drafted in rank 0's own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from deploy.local import LocalDrafter, LocalGang
 from drafter_service.config import DrafterSettings
 from paceline.bench.engine_decoder import EngineDecoder
+from paceline.bench.errors import BenchError
 from verifier_service.config import LinkSettings, SpeculationSettings, VerifierSettings
 
 PLAIN = "plain"
+DETERMINISTIC = "deterministic"
 DISAGGREGATED = "disaggregated"
 COLOCATED = "colocated"
 START_S = 600.0
@@ -32,7 +36,7 @@ class EngineSetup:
     temperature: float
     stop_token_ids: frozenset[int]
 
-    def verifier(self, mode: str) -> VerifierSettings:
+    def verifier(self, mode: str, deterministic: bool = False) -> VerifierSettings:
         """mode: as in SpeculationSettings. Room for all requests at their full length, a block to spare for each."""
         return VerifierSettings.model_validate(
             {
@@ -41,6 +45,7 @@ class EngineSetup:
                 "tensor_parallel_size": self.tensor_parallel,
                 "dtype": self.dtype,
                 "kv_dtype": self.kv_dtype,
+                "deterministic": deterministic,
                 "device": self.device,
                 "max_requests": self.requests,
                 "kv_cache_tokens": self.requests * (self.context + 64),
@@ -64,6 +69,15 @@ class EngineSetup:
 def plain(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
     """No taps, no feature store, no link."""
     return _decoder(PLAIN, setup, setup.verifier("none"), stack, "no drafter")
+
+
+def deterministic(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
+    """As plain, in deterministic mode. Raises BenchError where the verifier's settings refuse that."""
+    try:
+        settings = setup.verifier("none", deterministic=True)
+    except ValidationError as error:
+        raise BenchError(f"--deterministic: {error.errors()[0]['msg']}") from error
+    return _decoder(DETERMINISTIC, setup, settings, stack, "no drafter, deterministic: true")
 
 
 def disaggregated(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:

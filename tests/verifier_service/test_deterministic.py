@@ -140,6 +140,7 @@ def test_packed_weights_lower_precision_and_odd_widths_are_no_exception(name, ov
         runner = TargetRunner(tmp_path, num_blocks=BLOCKS, block_tokens=BLOCK_TOKENS, num_slots=SLOTS, **settings)
         for step in schedule(texts, tiny_targets.VOCABULARY, seed=seed, longest_block=longest):
             logits = runner.forward(step.plan).logits
+            assert logits is not None
             for cell in step.logits:
                 place = cell.sequence, cell.position
                 compared += place in known

@@ -47,12 +47,13 @@ def test_all_decoders_give_the_same_greedy_text_and_each_has_its_figures(pair, p
 
 
 @pytest.mark.slow
-def test_sampled_text_is_the_same_with_drafts_and_without(pair, prompts, tmp_path):
+def test_sampled_text_is_the_same_with_drafts_and_without_and_in_deterministic_mode(pair, prompts, tmp_path):
     figures = tmp_path / "figures.json"
-    result = bench(pair, prompts, figures, "--concurrency", "3", "--repeat", "1", "--temperature", "0.8")
+    options = ("--concurrency", "3", "--repeat", "1", "--temperature", "0.8", "--deterministic")
+    result = bench(pair, prompts, figures, *options)
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row["text"] for row in json.loads(figures.read_text())["rows"]}
-    assert [rows[name] for name in ROWS[:3]] == ["equal"] * 3
+    assert [rows[name] for name in (*ROWS[:3], "deterministic")] == ["equal"] * 4
     assert rows["transformers"] == ""
 
 

@@ -31,8 +31,8 @@ def drawn() -> dict[str, torch.Tensor]:
 def run(
     drawn: dict[str, torch.Tensor], first: int, stop: int, memory: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    taken = [drawn[name][:, first:stop] for name in ("query", "key", "value", "decay", "beta")]
-    return token_by_token(*taken, memory)
+    query, key, value, decay, beta = (drawn[name][:, first:stop] for name in ("query", "key", "value", "decay", "beta"))
+    return token_by_token(query, key, value, decay, beta, memory)
 
 
 def test_it_is_the_blocked_delta_rule(drawn):
