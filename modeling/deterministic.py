@@ -18,22 +18,24 @@ from modeling.operations import Elementwise
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
 from modeling.routing import Route
-from modeling.tiles import LEAVES, TiledProduct, leaves_of, tree_sum
+from modeling.tiles import LEAVES, TiledProduct, check_places, leaves_of, tree_sum
 
 
 class DeterministicOperations:
     """An Operations for CPU. Multiplies and adds in float32; results have `dtype`. size: ranks, 1, 2, 4 or 8.
 
-    A partial is float32 [leaves of this rank, tokens, out].
+    A partial is float32 [leaves of this rank, tokens, out]. What makes products raises CheckpointError on a machine
+    that cannot keep the promise.
     """
 
     def __init__(self, dtype: torch.dtype, size: int = 1):
         if LEAVES % size:
             raise ValueError(f"{size} ranks cannot share {LEAVES} leaves: 1, 2, 4 and 8 can")
         self._dtype, self._size = dtype, size
+        self._checked: set[int] = set()  # depths
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
-        multiply = TiledProduct(weight, 1)
+        multiply = self._product(weight, 1)
 
         def linear(x: Tensor) -> Tensor:
             y = multiply(x.reshape(1, -1, x.shape[-1]))[0]
@@ -44,9 +46,9 @@ class DeterministicOperations:
         return linear
 
     def partial_linear(self, weight: Weight) -> Linear:
-        """Raises CheckpointError for a weight that cannot be cut into leaves."""
+        """Raises CheckpointError for a weight that cannot be cut into leaves, too."""
         leaves = leaves_of(weight.shape[-1] * self._size, self._size)
-        multiply = TiledProduct(weight, leaves)
+        multiply = self._product(weight, leaves)
         return lambda x: multiply(x.unflatten(1, (leaves, -1)).transpose(0, 1))
 
     def experts(self, weights: ExpertWeights, gate: Gate = silu_gate) -> Experts:
@@ -77,6 +79,13 @@ class DeterministicOperations:
         if ranks.size > 1:
             branch = tree_sum(torch.stack(ranks.gather(branch)))
         return branch.to(self._dtype)
+
+    def _product(self, weight: Weight, leaves: int) -> TiledProduct:
+        depth = weight.shape[-1] // leaves
+        if depth not in self._checked:
+            check_places(depth)
+            self._checked.add(depth)
+        return TiledProduct(weight, leaves)
 
 
 class LeafedExperts:

@@ -1,10 +1,10 @@
 """Products cut into tiles of one shape, and sums over what ranks divide: an entry's bits do not depend on its company.
 
 A tile is ROWS x COLUMNS over a depth that follows from the whole model's shape, the last ones padded. So an entry is
-made by the same instructions in the same order wherever it stands and whatever is beside it (that a library's product
-of one shape treats all places alike is not its promise but measured: tests/modeling/test_tiles.py). A product over a
-dimension that ranks divide is cut into LEAVES parts first; their sums are added as a balanced tree, of which a rank
-adds its own branch, so that 1, 2, 4 and 8 ranks make the same sum (arXiv 2511.17826).
+made by the same instructions in the same order wherever it stands and whatever is beside it. (That a product of one
+shape treats all places alike is no library's promise: check_places looks.) A product over a dimension that ranks divide
+is cut into LEAVES parts first; their sums are added as a balanced tree, of which a rank adds its own branch, so that 1,
+2, 4 and 8 ranks make the same sum (arXiv 2511.17826).
 """
 
 from __future__ import annotations
@@ -54,6 +54,20 @@ def leaves_of(depth: int, size: int) -> int:
             f"{depth} wide there: set deterministic to false"
         )
     return LEAVES // size
+
+
+def check_places(depth: int) -> None:
+    """Raises CheckpointError if this machine's products of such a depth depend on where rows and columns stand."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(1, count, depth, generator=generator) for count in (ROWS, COLUMNS))
+    rows, columns = (torch.randperm(count, generator=generator) for count in (ROWS, COLUMNS))
+    whole = TiledProduct(weight)(x)[:, rows][:, :, columns]
+    moved = TiledProduct(weight[:, columns])(x[:, rows].repeat(1, 3, 1))
+    if not torch.equal(moved, whole.repeat(1, 3, 1)):
+        raise CheckpointError(
+            f"deterministic: true cannot be kept on this machine: its matrix products of {depth} entries depend on "
+            "where a row stands; set deterministic to false"
+        )
 
 
 def tree_sum(parts: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from modeling import tiles
 from modeling.deterministic import DeterministicOperations
 from modeling.errors import CheckpointError
 from modeling.experts import ExpertWeights
@@ -84,6 +85,21 @@ def test_experts_bits_depend_on_neither_the_batch_nor_the_number_of_ranks():
     assert torch.equal(tree_sum(torch.stack([part(rank, 4) for rank in range(4)])), whole)
     rows = torch.randperm(30)[:7]
     assert torch.equal(part(0, 1), whole[rows])
+
+
+def test_a_machine_whose_products_depend_on_a_rows_place_is_refused(monkeypatch):
+    multiply = tiles._multiply
+
+    def uneven(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        products = multiply(x, weight)
+        products[:, 0] = products[:, 0].nextafter(torch.tensor(1e9))
+        return products
+
+    monkeypatch.setattr(tiles, "_multiply", uneven)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be kept on this machine: .* 40 entries .* set deterministic"
+    ):
+        DeterministicOperations(torch.float32).linear(torch.zeros(4, 40))
 
 
 def test_a_width_without_eight_parts_is_refused():
