@@ -138,6 +138,11 @@ class VerifierSettings(Strict):
                 f"deterministic is true but device is {self.device!r}, where it is not available yet: set "
                 "deterministic to false, or device to 'cpu'"
             )
+        if self.kernels == "triton":
+            raise ValueError(
+                "deterministic is true but kernels is 'triton', with which it is not available yet: set deterministic "
+                "to false, or kernels to 'auto'"
+            )
         if self.tensor_parallel_size not in DETERMINISTIC_SIZES:
             raise ValueError(
                 f"deterministic is true but tensor_parallel_size is {self.tensor_parallel_size}: sums are added as a "

@@ -96,9 +96,7 @@ def test_a_machine_whose_products_depend_on_a_rows_place_is_refused(monkeypatch)
         return products
 
     monkeypatch.setattr(tiles, "_multiply", uneven)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be kept on this machine: .* 40 entries .* set deterministic"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be kept on this machine: .* 40 entries .* set deterministic"):
         DeterministicOperations(torch.float32).linear(torch.zeros(4, 40))
 
 

@@ -152,6 +152,7 @@ def test_packed_weights_lower_precision_and_odd_widths_are_no_exception(name, ov
     ("changes", "message"),
     [
         ({"device": "cuda"}, "device is 'cuda', where it is not available yet: set deterministic to false"),
+        ({"kernels": "triton"}, "kernels is 'triton', with which it is not available yet: .* kernels to 'auto'"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3: .* choose one of 1, 2, 4, 8"),
         ({"tensor_parallel_size": 16}, "tensor_parallel_size is 16: .* choose one of 1, 2, 4, 8"),
         ({"threads_per_rank": 2}, "threads_per_rank is 2: .* set it to 1"),
