@@ -48,8 +48,9 @@ class FullVectorGate(nn.Module):
 
 
 def _filled(x: Tensor) -> Tensor:
+    """x [n, entries], the entries side by side and as many as fill vectors."""
     missing = -x.shape[1] % VECTORS
-    return F.pad(x, (0, missing)) if missing else x
+    return F.pad(x, (0, missing)) if missing else x.contiguous()
 
 
 def _joined(pieces: Sequence[Tensor], entries: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.full_vectors import PIECE, FullVectorGate, FullVectors
+from modeling.full_vectors import PIECE, VECTORS, FullVectorGate, FullVectors
 from modeling.gates import ClampedGate, silu_gate
 
 ENTRIES = PIECE + 1000
@@ -21,7 +21,8 @@ def test_an_entrys_bits_do_not_depend_on_how_many_there_are(function):
         for first in (0, 3, ENTRIES - count):
             assert torch.equal(steady(x[first : first + count]), whole[first : first + count])
     beside = torch.stack([x, x], dim=1)
-    assert torch.equal(steady(beside[:, 0]), whole)
+    for count in (VECTORS, ENTRIES):  # one that fills vectors, and one that does not
+        assert torch.equal(steady(beside[:count, 0]), whole[:count])
 
 
 @pytest.mark.parametrize("function", [torch.sigmoid, F.silu, F.softplus])

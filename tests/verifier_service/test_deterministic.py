@@ -18,6 +18,7 @@ from tests.verifier_service.test_engine import Inbox
 from verifier_service.config import VerifierSettings
 from verifier_service.engine import Engine
 from verifier_service.model.runner import TargetRunner
+from verifier_service.plan import StepPlan, VerifyRow
 from verifier_service.scheduler import SchedulerLimits
 
 OUTPUT = 24
@@ -146,6 +147,30 @@ def test_packed_weights_lower_precision_and_odd_widths_are_no_exception(name, ov
                 compared += place in known
                 assert torch.equal(known.setdefault(place, logits[cell.row].clone()), logits[cell.row])
     assert compared > 20
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_steps_of_many_tokens_are_no_exception(family, tmp_path):
+    tiny_targets.build(family, tmp_path)
+    text = random.Random(5).choices(range(tiny_targets.VOCABULARY), k=64)
+
+    def logits(slots: int, tokens: int) -> torch.Tensor:
+        """Of the whole text, `tokens` in a row of each slot and step."""
+        settings = {"num_blocks": 16 * slots, "block_tokens": 4, "num_slots": slots, "dtype": torch.float32}
+        runner = TargetRunner(tmp_path, device="cpu", deterministic=True, **settings)
+        blocks = tuple((slot, 16 * slot + block) for slot in range(slots) for block in range(16))
+        kept: list[torch.Tensor] = []
+        for start in range(0, len(text), tokens):
+            rows = tuple(VerifyRow(slot, start, tuple(text[start : start + tokens])) for slot in range(slots))
+            decided = tuple((slot, tokens) for slot in range(slots if start else 0))
+            output = runner.forward(StepPlan(start, rows, new_blocks=() if start else blocks, decided=decided)).logits
+            assert output is not None
+            kept.append(output.view(slots, tokens, -1))
+        return torch.cat(kept, dim=1)
+
+    alone = logits(1, 1)
+    for slots, tokens in ((1, 8), (8, 8), (3, 16), (5, 64)):
+        assert torch.equal(logits(slots, tokens), alone.expand(slots, -1, -1)), (slots, tokens)
 
 
 @pytest.mark.parametrize(
