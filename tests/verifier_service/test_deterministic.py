@@ -156,8 +156,15 @@ def test_steps_of_many_tokens_are_no_exception(family, tmp_path):
 
     def logits(slots: int, tokens: int) -> torch.Tensor:
         """Of the whole text, `tokens` in a row of each slot and step."""
-        settings = {"num_blocks": 16 * slots, "block_tokens": 4, "num_slots": slots, "dtype": torch.float32}
-        runner = TargetRunner(tmp_path, device="cpu", deterministic=True, **settings)
+        runner = TargetRunner(
+            tmp_path,
+            num_blocks=16 * slots,
+            block_tokens=4,
+            num_slots=slots,
+            dtype=torch.float32,
+            device="cpu",
+            deterministic=True,
+        )
         blocks = tuple((slot, 16 * slot + block) for slot in range(slots) for block in range(16))
         kept: list[torch.Tensor] = []
         for start in range(0, len(text), tokens):

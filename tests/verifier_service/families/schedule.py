@@ -114,6 +114,9 @@ class Watched:
     def set_taps(self, layer_ids: Sequence[int]) -> None:
         self._runner.set_taps(layer_ids)
 
+    def counters(self) -> Mapping[str, float]:
+        return self._runner.counters()
+
 
 @dataclass
 class _Open:
