@@ -176,21 +176,20 @@ class Scheduler:
         row = logit_row = 0
         verify_only = True
         for sequence, work in flight.work:
-            first, first_logits = row, logit_row
-            row += len(work.token_ids)
+            here = sequence.slot >= 0
             if isinstance(work, VerifyRow):
-                logit_row = first_logits + len(work.token_ids)
+                rows = logits = len(work.token_ids)
+                progress = self._commit_verify(sequence, work, samples, row, logit_row, counted) if here else None
             else:
                 verify_only = False
-                logit_row += work.completes_prompt
-            if sequence.slot < 0:
+                rows, logits = len(work.token_ids), int(work.completes_prompt)
+                progress = self._commit_chunk(sequence, work, samples, row, logit_row, counted) if here else None
+            row += rows
+            logit_row += logits
+            if progress is None:
                 if not counted:
                     self._abandon(work)
                 continue
-            if isinstance(work, VerifyRow):
-                progress = self._commit_verify(sequence, work, samples, first, first_logits, counted)
-            else:
-                progress = self._commit_chunk(sequence, work, samples, first, first_logits, counted)
             done.append(progress)
             if progress.finish is not None:
                 del self._requests[sequence.key]
@@ -211,7 +210,8 @@ class Scheduler:
             if sequence.slot < 0:
                 self._abandon(work)
             elif isinstance(work, VerifyRow):
-                self._keep(sequence, work, 1)
+                sequence.computed += 1
+                self._decided.append((work.slot, 1))
                 if sequence.computed >= sequence.name_at:
                     self._name(sequence, work)
             else:
@@ -287,16 +287,13 @@ class Scheduler:
         tokens = samples[logit_row : logit_row + kept]
         progress = Progress(sequence, row, work.start, kept, logit_row, tokens, len(ids) - 1, accepted)
         if not counted:
-            self._keep(sequence, work, kept)
+            sequence.computed += kept
+            self._decided.append((work.slot, kept))
         self._extend(progress)
         if not counted and progress.finish != "error" and sequence.computed >= sequence.name_at:
             self._name(sequence, work)
         progress.accepted = min(accepted, len(tokens))
         return progress
-
-    def _keep(self, sequence: RunningRequest, work: VerifyRow, kept: int) -> None:
-        sequence.computed += kept
-        self._decided.append((work.slot, kept))
 
     def _name(self, sequence: RunningRequest, work: VerifyRow) -> None:
         """Its blocks that are full now, of which there is one at least."""
