@@ -116,7 +116,7 @@ def _two_ranks(rank: int, task: Task) -> dict[str, Any]:
 def _logits(task: Task, **ranks: Any) -> tuple[list[torch.Tensor], list[float]]:
     runner = TargetRunner(
         task.target,
-        num_blocks=2 * (-(-(task.prompt + 4) // BLOCK_TOKENS)),
+        num_blocks=_blocks(task),
         block_tokens=BLOCK_TOKENS,
         num_slots=2,
         dtype=task.dtype,
@@ -138,14 +138,18 @@ def _logits(task: Task, **ranks: Any) -> tuple[list[torch.Tensor], list[float]]:
 
 
 def _plans(task: Task) -> list[StepPlan]:
-    """A prompt, then verifies of four tokens that all fall but the first three, again and again at one place."""
-    blocks = tuple((0, block) for block in range(-(-(task.prompt + 4) // BLOCK_TOKENS)))
+    """A prompt, then verifies of four tokens of which the first stays."""
+    blocks = tuple((0, block) for block in range(_blocks(task)))
     prompt = tuple(3 + index % 50 for index in range(task.prompt))
     plans = [StepPlan(1, new_blocks=blocks, prefill=(PrefillChunk(0, 0, prompt, completes_prompt=True),))]
     for step in range(task.steps):
-        row = VerifyRow(0, task.prompt, (5, 6, 7, 8 + step % 40))
-        plans.append(StepPlan(2 + step, verify=(row,), decided=((0, 0),) if step else ()))
+        row = VerifyRow(0, task.prompt + step, (5, 6, 7, 8 + step % 40))
+        plans.append(StepPlan(2 + step, verify=(row,), decided=((0, 1),) if step else ()))
     return plans
+
+
+def _blocks(task: Task) -> int:
+    return -(-(task.prompt + task.steps + 4) // BLOCK_TOKENS)
 
 
 def _link(rank: int, task: Task, room: Path) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verifier_service.model.device.buckets import Buckets, buckets
+from verifier_service.model.device.buckets import SECTION, SECTIONED_ROWS, Buckets, buckets, section_for
 
-REQUESTS, LONGEST, ROWS, CONTEXT, SECTION = 48, 16, 512, 40_000, 2048
-ALL = Buckets(buckets(REQUESTS, LONGEST, ROWS, CONTEXT, SECTION))
+REQUESTS, LONGEST, ROWS, CONTEXT = 48, 16, 512, 40_000
+ALL = Buckets(buckets(REQUESTS, LONGEST, ROWS, CONTEXT))
 
 
 @given(
@@ -37,5 +37,10 @@ def test_a_step_beyond_the_largest_bucket_has_none():
     assert ALL.smallest(1, 1, CONTEXT + 1) is None
 
 
-def test_the_lowest_bound_of_the_context_is_one_section():
-    assert {bucket.context for bucket in ALL.all} == {SECTION, 8 * SECTION, CONTEXT}
+def test_contexts_are_bounded_where_they_are_cut_into_sections():
+    few, many = (
+        {bucket.context for bucket in ALL.all if (bucket.rows <= SECTIONED_ROWS) is cut} for cut in (True, False)
+    )
+    assert few == {SECTION, 8 * SECTION, CONTEXT}
+    assert many == {CONTEXT}
+    assert (section_for(SECTIONED_ROWS), section_for(SECTIONED_ROWS + 1)) == (SECTION, None)

@@ -20,6 +20,7 @@ from verifier_service.config import VerifierSettings
 from verifier_service.fit import check_fit
 from verifier_service.model import attention, delta_rule, gated_delta_net, touchpoints
 from verifier_service.model.latent_attention import LatentAttention
+from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 ROOT = Path(__file__).resolve().parents[3]
 TAPS = (1, 0)
@@ -83,6 +84,28 @@ def test_every_row_has_the_torch_runners_logits_and_taps(targets):
     for right, own in zip(*outputs):
         torch.testing.assert_close(own.logits, right.logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own.taps, right.taps, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_of_recurrent_state_are_the_torch_runners(targets):
+    """One of a prompt's end, one from inside a verified row; both go on in slots of their own."""
+    blocks = tuple((slot, 3 * slot + index) for slot in range(3) for index in range(3))
+    plans = (
+        StepPlan(1, new_blocks=blocks, prefill=(PrefillChunk(0, 0, (5, 9, 2, 7), completes_prompt=True),)),
+        StepPlan(2, saved=((0, 0, 1),), verify=(VerifyRow(0, 4, (8, 6, 4)),)),
+        StepPlan(
+            3,
+            decided=((0, 2),),
+            saved=((0, 1, 0),),
+            restored=((1, 0), (2, 1)),
+            verify=tuple(VerifyRow(slot, start, (3, 1)) for slot, start in ((0, 6), (1, 5), (2, 4))),
+        ),
+        StepPlan(4, decided=((0, 2), (1, 1), (2, 2)), verify=(VerifyRow(2, 6, (4,)), VerifyRow(1, 6, (4, 5)))),
+        StepPlan(5, heartbeat=True),
+    )
+    runners = [targets["qwen3_5_moe"].runner(kernels, checkpoint_bytes=1 << 20) for kernels in ("torch", "triton")]
+    for plan in plans:
+        right, own = (runner.forward(plan).logits for runner in runners)
+        torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_moe"])

@@ -16,8 +16,6 @@ from modeling.quantized.packed import Weight
 from verifier_service.model.device.norm import KernelNorm
 from verifier_service.model.device.step import DeviceStep
 
-SECTION = 2048  # context tokens that attention adds up in one piece; a part of what "the same result" means
-
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -49,11 +47,10 @@ class KernelAttention(nn.Module):
         norms: tuple[KernelNorm, KernelNorm] | None,
         sinks: torch.Tensor | None,
         operations: Operations,
-        section: int = SECTION,
     ):
         super().__init__()
         self.qkv, self.output = operations.linear(qkv, bias), output
-        self.layer, self.shape, self.norms, self.section = layer, shape, norms, section
+        self.layer, self.shape, self.norms = layer, shape, norms
         self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
 
     def forward(self, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
@@ -82,7 +79,7 @@ class KernelAttention(nn.Module):
             sinks=self.sinks,
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
-            split_tokens=self.section,
+            split_tokens=step.section,
         )
         if gate is not None:
             seen = seen * torch.sigmoid(gate)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 
-from verifier_service.model.device.attention import SECTION
 from verifier_service.model.device.buckets import Bucket, Buckets, buckets
 from verifier_service.model.device.forward import Hidden, KernelForward, Work
 from verifier_service.model.device.graphs import StepGraphs
@@ -73,7 +72,7 @@ class KernelExecutor:
         self.counters = Counter(graph_rows=0, graph_padding_rows=0, eager_steps=0, graph_failures=0)
 
         # Static: CUDA graphs know these by their addresses.
-        found = buckets(num_slots, path.longest_row, most, max_context, SECTION) if path.graphs else []
+        found = buckets(num_slots, path.longest_row, most, max_context) if path.graphs else []
         self._buckets = Buckets(found)
         words = max((FixedLayout(bucket.requests, bucket.rows).words for bucket in found), default=0)
         self._inputs = torch.zeros(words + SPARE_WORDS, dtype=torch.int32, device=self._device)

@@ -10,6 +10,7 @@ import torch
 
 from kernels.paged_batch import PagedBatch
 from kernels.step_inputs.kernel import step_inputs
+from verifier_service.model.device.buckets import section_for
 from verifier_service.model.device.layer import KernelLayer
 from verifier_service.model.device.layout import FixedInputs
 from verifier_service.model.device.norm import KernelNorm
@@ -76,6 +77,7 @@ class KernelForward:
             cache_rows=places.cache_rows,
             live=places.cache_rows >= 0 if work.padded else None,
             batch=PagedBatch(tables, starts, places.context_lengths, work.longest),
+            section=section_for(len(places.token_ids)),
             caches=self._caches,
             latents=self._latents,
             states=self._states,

@@ -11,7 +11,6 @@ import torch
 
 from kernels.latent_append.kernel import append_latents
 from kernels.latent_attention.kernel import latent_attention
-from verifier_service.model.device.attention import SECTION
 from verifier_service.model.device.norm import KernelNorm
 from verifier_service.model.device.step import DeviceStep
 from verifier_service.model.latent_attention import LatentAttention
@@ -36,7 +35,7 @@ class KernelLatentAttention(LatentAttention):
             *(query, cache.latents, cache.rotary, step.batch),
             scaling=self.scaling,
             scales=cache.scales,
-            split_tokens=SECTION,
+            split_tokens=step.section,
         )
         output = torch.bmm(seen.transpose(0, 1), self.value_up)  # [heads, tokens, value]
         return self.output(output.transpose(0, 1).reshape(len(x), -1))

@@ -48,7 +48,7 @@ class VerifyRows:
 @dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; caches and latents by layer.
+    no padding; section: how attention cuts contexts; caches and latents by layer.
     """
 
     cos: torch.Tensor
@@ -56,6 +56,7 @@ class DeviceStep:
     cache_rows: torch.Tensor
     live: torch.Tensor | None
     batch: PagedBatch
+    section: int | None
     caches: dict[int, CacheTensors]
     latents: dict[int, LatentTensors]
     states: KernelStates | None
