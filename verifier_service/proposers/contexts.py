@@ -184,7 +184,7 @@ class Contexts:
                 pages.put(table, start, kept, window, sequence.hashes, parts, fused)
             if send and owner is not None:
                 begin, stop = start + fresh, start + kept
-                if begin != owner.sent or not begin:
+                if begin != owner.sent or not begin:  # else all before was sent, which it is to none without a place
                     begin = self._unsent(owner, begin, stop)
                 if begin < stop:
                     pieces.append(Piece(owner.context_id, begin, stop - begin))
