@@ -94,7 +94,7 @@ class SpeculationControl:
             costs.first -= 1
             return 0
         if costs.fresh:
-            if self._lost > FIRST_SHARE * self._elapsed:
+            if self._in_debt:
                 return 0
             self._begin_probe(costs, requests)
         if costs.probing > 0:  # until `waited` has counted them: not every choice can be followed by an ask
@@ -126,9 +126,11 @@ class SpeculationControl:
         return best
 
     def rests(self, requests: int) -> bool:
-        """Whether the next `choose` is certain to say 0."""
+        """Whether the next `choose` says 0, as far as can be known."""
         costs = self._of(requests)
-        return costs.first > 0 or (costs.probing == 0 and costs.paused > 0)
+        if costs.first > 0:
+            return True
+        return self._in_debt if costs.fresh else costs.probing == 0 and costs.paused > 0
 
     def step(self, requests: int, drafted: int, seconds: float) -> None:
         """A step without prefill: `requests` rows with `drafted` drafts in all took `seconds`, waits left out."""
@@ -188,6 +190,11 @@ class SpeculationControl:
             survival *= self._reached[position].value
             total += survival
         return total
+
+    @property
+    def _in_debt(self) -> bool:
+        """Whether other batch sizes have lost too much for one that was never probed to begin."""
+        return self._lost > FIRST_SHARE * self._elapsed
 
     def _best(self, costs: _Costs, requests: int) -> int:
         if not costs.plain.samples:

@@ -14,7 +14,7 @@ from cluster.link.face import LinkState
 from cluster.link.messages import DraftAnswer, DraftAsk, Piece
 from cluster.link.planes import parted
 from tests.verifier_service.test_engine import MODEL, Inbox, expected, make_engine, request, running
-from verifier_service.control import SpeculationControl
+from verifier_service.control import PLAIN_FIRST, SpeculationControl
 from verifier_service.features import FeatureStore
 from verifier_service.proposers.linked import LinkProposer
 
@@ -296,6 +296,34 @@ def test_requests_without_drafts_cost_nothing(running):
     engine.submit(request("a", max_draft_tokens=0), inbox)
     inbox.wait("a")
     assert (link.rows, link.asked) == (0, [])
+
+
+def test_steps_are_launched_ahead_while_the_drafter_has_no_room_for_any_request(running):
+    class Full(CheckedLink):
+        """Keeps nothing, and says so."""
+
+        def hold(self, context_id: str, start: int, features: torch.Tensor) -> None:
+            self._lost.append(context_id)
+
+        def ask(self, asks: Sequence[DraftAsk]) -> None:
+            self.asked += asks
+
+    link = Full()
+    proposer = linked(link, soft_deadline_s=1e-6)
+    counters = drive(link, proposer, running, names=3, runs_ahead=True)
+    assert counters["steps_ahead"] > 15
+
+
+def test_requests_that_want_no_drafts_are_run_ahead_whatever_the_drafter_is_good_for(running):
+    control = SpeculationControl(BLOCK - 1)
+    for _ in range(PLAIN_FIRST):
+        control.choose(1)
+    proposer = linked(CheckedLink(), control=control)
+    engine = running(make_engine(proposer=proposer, runs_ahead=True))
+    inbox = Inbox()
+    engine.submit(request("a", output=20, max_draft_tokens=0), inbox)
+    inbox.wait("a")
+    assert engine.status().counters["steps_ahead"] >= 17
 
 
 def test_no_more_is_asked_than_request_engine_and_output_allow(running):

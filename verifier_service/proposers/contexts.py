@@ -94,6 +94,11 @@ class Contexts:
                 found.append(None)
         return found
 
+    @property
+    def placeless(self) -> bool:
+        """Whether there are requests, none of which the drafter can be asked for: it has no room, or they want none."""
+        return bool(self._held) and not self._taken
+
     def named(self, context_id: str) -> Context | None:
         return self._by_id.get(context_id)
 

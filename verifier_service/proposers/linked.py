@@ -62,7 +62,7 @@ class LinkProposer:
 
     def resting(self) -> bool:
         state = self._link.state
-        if not state.linked or self._max_draft_tokens == 0:
+        if not state.linked or self._max_draft_tokens == 0 or self._contexts.placeless:
             return True
         if not self._patience.may_ask(time.monotonic()):
             return True
