@@ -79,7 +79,10 @@ class Replay:
     def steps(self) -> Iterator[Replayed]:
         """Step by step; ends after one whose forward raises. Raises PacelineError for rows that contradict requests."""
         for step in self._flight.steps:
+            firsts: dict[int, FlightRow] = {}  # a prompt's chunks may follow each other within a step
             for row in step.rows:
+                firsts.setdefault(row.request, row)
+            for row in firsts.values():
                 self._catch_up(row)
             try:
                 result = self._run(step)

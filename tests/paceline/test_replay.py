@@ -13,8 +13,9 @@ import typer
 from cluster.contracts import EngineInfo, EngineRequest, GrammarSpec, SamplingParams
 from modeling.target_config import target_fingerprint
 from paceline.replay import replay
+from tests.verifier_service.fake_runner import FakeRunner
 from tests.verifier_service.model import tiny_targets
-from tests.verifier_service.test_engine import Inbox
+from tests.verifier_service.test_engine import Inbox, request
 from tests.verifier_service.test_grammar import tokenizer
 from tests.verifier_service.test_real_model import PROMPTS, Oracle
 from verifier_service.engine import Engine
@@ -23,6 +24,7 @@ from verifier_service.model.face import ForwardOutput
 from verifier_service.model.runner import TargetRunner
 from verifier_service.plan import StepPlan
 from verifier_service.recorder import Flight, FlightRecorder, FlightTarget, read_flight
+from verifier_service.replay import Replay, sizes
 from verifier_service.scheduler import SchedulerLimits
 
 KEPT = 12  # steps
@@ -137,6 +139,26 @@ def test_a_token_that_the_target_did_not_say_is_named(record, tmp_path, capsys):
     assert code == 1
     assert "1 differ" in out
     assert f"step {step.step}, request {request!r} choice 0, position {row.start + 1}: recorded" in out
+
+
+def test_chunks_of_one_prompt_in_one_step_go_on_from_each_other(tmp_path):
+    """A target with recurrent state stops where a checkpoint is to be taken, and a state knows one position only."""
+    recorder = FlightRecorder(tmp_path, "e", FlightTarget("t", "f", "float32", 1, BLOCK))
+    limits = SchedulerLimits(slots=4, blocks=40, block_tokens=BLOCK, step_tokens=16, max_waiting=9)
+    info = EngineInfo("e", "f", 128, 64, 4, 8)
+    engine, inbox = Engine(FakeRunner(4, 40, BLOCK, checkpoints=4), limits, info, recorder=recorder), Inbox()
+    engine.start()
+    engine.submit(request("a", prompt=27), inbox)
+    inbox.wait("a")
+    engine.stop()
+    path = recorder.write("to see what it did")
+    assert path is not None
+    flight = read_flight(path)
+    assert [(row.start, len(row.token_ids)) for row in flight.steps[1].rows] == [(16, 8), (24, 3)]
+    slots, blocks, _ = sizes(flight)
+    steps = list(Replay(flight, FakeRunner(slots, blocks, BLOCK, checkpoints=1)).steps())
+    assert len(steps) == len(flight.steps)
+    assert all(step.error is None and not step.differences for step in steps)
 
 
 def test_what_is_no_record_is_refused(record, tmp_path, capsys):
