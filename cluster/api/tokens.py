@@ -45,10 +45,6 @@ class Tokens:
         tokenizer = load_tokenizer(directory)
         return cls(tokenizer, end_ids(directory, tokenizer), ChatTemplate.load(directory, special_tokens(directory)))
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     async def encode(self, text: str) -> tuple[int, ...]:
         """A prompt's ids, with the special tokens that the tokenizer adds to a sequence of its own accord."""
         if len(text) <= INLINE_CHARACTERS:
