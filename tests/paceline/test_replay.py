@@ -37,6 +37,7 @@ class Fragile:
     def __init__(self, runner: TargetRunner, inbox: Inbox):
         self._runner, self._inbox = runner, inbox
         self.shape, self.set_taps, self.feed = runner.shape, runner.set_taps, runner.feed
+        self.counters = runner.counters
 
     def forward(self, plan: StepPlan) -> ForwardOutput:
         if len(self._inbox.text("1")) > 10:

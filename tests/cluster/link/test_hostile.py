@@ -222,8 +222,10 @@ def test_strangers_take_no_verifiers_place_and_the_oldest_of_too_many_give_way(s
     assert all(strangers[i].recv(1 << 16) and not strangers[i].recv(1 << 16) for i in range(5))
     verifiers = [Verifier(server.address, verifier_id=name) for name in "ab"]
     assert [type(verifier.welcome) for verifier in verifiers] == [Welcome, Welcome]
-    for each in (*strangers, *verifiers):
-        each.close()
+    for stranger in strangers:
+        stranger.close()
+    for verifier in verifiers:
+        verifier.close()
 
 
 def test_a_drafter_that_proves_nothing_gets_no_hello(stops):

@@ -8,8 +8,10 @@ from paceline.bench.figures import Row, Skipped
 from paceline.bench.interleave import order
 from paceline.bench.loops import Tau
 
-PLAIN = Row("plain", 1, 100.0, 90.0, 110.0, 1.0, None, None, None, "equal")
-DRAFTED = Row("drafted", 8, 250.0, 200.0, 300.0, 2.5, Tau(3.5, 3.25, 0.25), 0.125, 1024.0, "equal, 1 of 8 by ties")
+PLAIN = Row("plain", 1, 100.0, 90.0, 110.0, 1.0, None, None, None, None, "equal")
+DRAFTED = Row(
+    "drafted", 8, 250.0, 200.0, 300.0, 2.5, Tau(3.5, 3.25, 0.25), 0.125, 0.01, 1024.0, "equal, 1 of 8 by ties"
+)
 SKIPPED = [Skipped("published loop", "the package dflash is not installed")]
 
 
@@ -22,7 +24,7 @@ def shown(table):
 def test_the_table_shows_every_figure_and_why_a_row_is_missing():
     text = shown(report.table([PLAIN, DRAFTED], SKIPPED, "title"))
     line = next(line for line in text.splitlines() if "drafted" in line)
-    figures = ["8", "250.0", "2.50", "3.50", "3.25", "25%", "12%", "1024"]
+    figures = ["8", "250.0", "2.50", "3.50", "3.25", "25%", "12%", "1%", "1024"]
     assert line.split() == ["drafted", *figures, *["equal,", "1", "of", "8", "by", "ties"]]
     assert "published loop: skipped, the package dflash is not installed" in text
 
@@ -31,7 +33,7 @@ def test_what_does_not_apply_is_a_dash():
     line = next(
         line for line in shown(report.table([PLAIN], [], "title")).splitlines() if line.strip().startswith("plain")
     )
-    assert line.count(report.ABSENT) == 5
+    assert line.count(report.ABSENT) == 6
 
 
 def test_json_holds_rows_skipped_settings_and_machine(tmp_path):

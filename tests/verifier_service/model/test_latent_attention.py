@@ -26,6 +26,7 @@ from tests.verifier_service.model.schedules import (
 from tests.verifier_service.model.test_runner import make_runner
 from verifier_service.model.latent_attention import LatentAttention, LatentShape
 from verifier_service.model.runner import TargetRunner
+from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 FAMILY = "deepseek_v3"
@@ -105,9 +106,11 @@ def test_the_cheaper_way_to_attend_is_taken(rows, context):
 def test_a_tokens_cache_is_its_latent_and_rotary_key(target):
     runner = make_runner(target[0], num_blocks=10)
     assert runner.shape.kv_bytes_per_token == CACHED * 4
-    held = sum(cache.nbytes for cache in runner._executor._builder.latents.values())
+    executor = runner._executor
+    assert isinstance(executor, TorchExecutor)
+    held = sum(cache.nbytes for cache in executor._builder.latents.values())
     assert held == 10 * BLOCK_TOKENS * runner.shape.kv_bytes_per_token
-    assert not runner._executor._builder.caches
+    assert not executor._builder.caches
 
 
 def test_positions_far_beyond_the_original_context_have_the_stock_forwards_logits(target, tmp_path):
