@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-LONGEST_PAUSE = 16  # soft deadlines
+DOUBLINGS = 6  # the longest pause is 2 ** 6 soft deadlines: one that is always late costs 1/65 of the time
+FORGIVEN = 0.1  # doublings, by a wait that all answers came in: of fewer misses, none is worth a longer pause
 
 
 class Patience:
@@ -13,7 +14,7 @@ class Patience:
 
     def __init__(self, soft_deadline_s: float):
         self.soft_deadline_s = soft_deadline_s
-        self._misses = 0
+        self._doublings = 0.0
         self._asks_from = 0.0
 
     def may_ask(self, now: float) -> bool:
@@ -21,15 +22,14 @@ class Patience:
 
     def missed(self, now: float) -> None:
         """A wait has ended at its deadline."""
-        pause = min(2**self._misses, LONGEST_PAUSE) * self.soft_deadline_s
-        self._misses += 1
-        self._asks_from = now + pause
+        self._asks_from = now + 2**self._doublings * self.soft_deadline_s
+        self._doublings = min(self._doublings + 1, DOUBLINGS)
 
     def kept(self) -> None:
         """All answers came in time."""
-        self._misses = 0
+        self._doublings = max(0.0, self._doublings - FORGIVEN)
 
     def renew(self) -> None:
         """Another drafter, or another life of the link: nothing is held against it."""
-        self._misses = 0
+        self._doublings = 0.0
         self._asks_from = 0.0
