@@ -38,6 +38,7 @@ def arguments(checkpoints: tuple[Path, Path]) -> dict[str, Any]:
             "max_requests": 16,
             "kv_cache_tokens": 16384,
             "rank_resources": {"CPU": 0.4},
+            "speculation": {"adaptive": False},  # whether or not drafts pay on this machine
         },
         "drafter": {**common, "checkpoint": str(drafter), "resources": {"CPU": 0.4}},
     }
