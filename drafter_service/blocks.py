@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class BlockDrafting(ABC):
 
         Confidence is P(token) = exp(max logit - logsumexp) of the token's own row. A row is computed without knowing
         which tokens the rows before it will become; read as "right, if all before it in the block are right".
+        DFlash 2: the tokens that the selector chooses, each with its share among its row's candidates.
         """
 
     @torch.inference_mode()
@@ -64,30 +65,43 @@ class BlockDrafter(BlockDrafting):
         loaded, device = self._loaded, self._model.device
         ids: list[int] = []
         positions: list[int] = []
+        inside: list[int] = []  # places in the blocks
         asked: list[int] = []  # rows of the batch that are masks
         for block, bonus in zip(blocks, bonus_tokens):
             asked += range(len(ids) + 1, len(ids) + block.rows)
             ids += [bonus, *[loaded.config.mask_token_id] * (block.rows - 1)]
             positions += range(block.base, block.base + block.rows)
-        places = torch.tensor(positions, device=device)
-        hidden = F.embedding(torch.tensor(ids, device=device), loaded.embedding)
+            inside += range(block.rows)
+        tokens, where, places = torch.tensor([ids, positions, inside], device=device).unbind()
+        hidden = F.embedding(tokens, loaded.embedding)
         if loaded.embedding_scale != 1.0:
             hidden = hidden * loaded.embedding_scale
-        hidden = self._model.forward(hidden, places, self._attend(self._model, self.pool, blocks, places))
-        tokens, confidence = self._read(hidden[torch.tensor(asked, device=device)])
-        return by_block(blocks, tokens, confidence)
+        hidden = self._model.forward(hidden, where, self._attend(self._model, self.pool, blocks, where), places)
+        normed = self._model.final_norm(hidden[torch.tensor(asked, device=device)])
+        if self._model.selector is None:
+            return by_block(blocks, *self._read(normed))
+        candidates, logits = self._candidates(normed, self._model.selector.top_k)
+        counts = [block.rows - 1 for block in blocks]
+        return by_block(blocks, *self._model.selector.choose(normed, candidates, logits, bonus_tokens, counts))
 
-    def _read(self, hidden: Tensor) -> Drafts:
-        normed = self._model.final_norm(hidden)
+    def _read(self, normed: Tensor) -> Drafts:
         tokens: list[int] = []
         confidence: list[float] = []
-        for rows in normed.split(max(1, LOGITS_AT_ONCE // self._loaded.vocabulary)):
-            logits = self._loaded.shaped(self._loaded.head(rows).float())
+        for logits in self._logits(normed):
             ids = logits.argmax(dim=-1, keepdim=True)
             tokens += ids[:, 0].tolist()
             # exp(max - logsumexp); torch's softmax takes a third of the time of its logsumexp on CPU
             confidence += logits.softmax(dim=-1).gather(-1, ids)[:, 0].tolist()
         return tokens, confidence
+
+    def _candidates(self, normed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best tokens of each row and their logits, [rows, k]."""
+        best, ids = zip(*(logits.topk(k, dim=-1) for logits in self._logits(normed)))
+        return torch.cat(ids), torch.cat(best)
+
+    def _logits(self, normed: Tensor) -> Iterator[Tensor]:
+        for rows in normed.split(max(1, LOGITS_AT_ONCE // self._loaded.vocabulary)):
+            yield self._loaded.shaped(self._loaded.head(rows).float())
 
 
 def by_block(blocks: Sequence[Block], token_ids: list[int], confidence: list[float]) -> list[Drafts]:

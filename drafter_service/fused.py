@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafter_service.block_conv import FusedConv
 from drafter_service.model import DFlashModel, DraftLayer
+from drafter_service.selector import FusedSelector
+from kernels.block_conv.reference import convolve_block
 from modeling.dflash import SLIDING
 from modeling.fixed_linear import fixed_linear
 
@@ -35,6 +38,8 @@ class FusedLayer:
         self.o = fixed_linear(attention.o_proj.weight, attention.o_proj.bias)
         self.gate_up = fixed_linear(*_stacked([mlp.gate_proj, mlp.up_proj]))
         self.down = fixed_linear(mlp.down_proj.weight)
+        self.attention_conv = FusedConv(layer.attention_conv) if layer.attention_conv is not None else None
+        self.mlp_conv = FusedConv(layer.mlp_conv) if layer.mlp_conv is not None else None
 
 
 class FusedDFlash:
@@ -45,6 +50,8 @@ class FusedDFlash:
         self.eps = model.shape.eps
         self.masked = any(self.config.causal) or SLIDING in self.config.layer_types  # may a row not see a key?
         self.rotary = model.rotary
+        selector = model.candidate_selector
+        self.selector = FusedSelector(selector) if selector is not None else None
         shape = model.shape
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.norm = model.norm.weight.detach()
@@ -76,21 +83,36 @@ class FusedDFlash:
         keys = F.rms_norm(rows[:, :, 0], (self.head_dim,), None, self.eps) * self._context_norm
         return torch.stack([_rotate(keys, *self._rope(positions)), rows[:, :, 1]], dim=2).nan_to_num_(0.0, 0.0, 0.0)
 
-    def forward(self, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, hidden], before the final norm, of block rows [T, hidden] at positions [T] int64."""
+    def forward(self, hidden: Tensor, positions: Tensor, attend: Attend, places: Tensor) -> Tensor:
+        """Hidden states [T, hidden], before the final norm, of block rows [T, hidden] at positions [T] int64.
+
+        places [T] int64: of the rows in their blocks, 0 for the bonus token.
+        """
         cos, sin = self._rope(positions)
         rotated = self.heads + self.kv_heads
         width = (hidden.shape[1],)
         for index, layer in enumerate(self.layers):
             x = F.rms_norm(hidden, width, layer.input_norm, self.eps)
+            if (conv := layer.attention_conv) is not None:
+                mixing = conv.weights(x)
+                x = convolve_block(x, mixing[:, 0], conv.base[0], places)
             qkv = layer.qkv(x).view(len(x), -1, self.head_dim)
             qk = F.rms_norm(qkv[:, :rotated], (self.head_dim,), None, self.eps) * layer.qk_norm
             qk = _rotate(qk, cos, sin)
             kv = torch.stack([qk[:, self.heads :], qkv[:, rotated:]], dim=1)
-            hidden = hidden + layer.o(attend(index, qk[:, : self.heads], kv))
+            out = layer.o(attend(index, qk[:, : self.heads], kv))
+            if conv is not None:
+                out = convolve_block(out, mixing[:, 1], conv.base[1], places)
+            hidden = hidden + out
             x = F.rms_norm(hidden, width, layer.post_norm, self.eps)
+            if (conv := layer.mlp_conv) is not None:
+                mixing = conv.weights(x)
+                x = convolve_block(x, mixing[:, 0], conv.base[0], places)
             gate, up = layer.gate_up(x).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+            out = layer.down(F.silu(gate) * up)
+            if conv is not None:
+                out = convolve_block(out, mixing[:, 1], conv.base[1], places)
+            hidden = hidden + out
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ from drafter_service.pool import ContextPool
 from drafter_service.step_buffers import StepAnswers, StepInputs
 from kernels.block_attention.batch import BlockBatch
 from kernels.block_attention.kernel import block_attention
+from kernels.block_conv.kernel import convolve_block
+from kernels.candidate_selector.kernel import select_path
 from kernels.context_inject.kernel import inject_block, inject_context
 from kernels.context_inject.reference import Rotation
 from kernels.draft_head.choice import HeadShape
-from kernels.draft_head.kernel import draft_head
+from kernels.draft_head.kernel import draft_candidates, draft_head
 from kernels.gated_activation.kernel import gated_activation
 from kernels.rms_norm.kernel import rms_norm
 from modeling.dflash import SLIDING
@@ -52,6 +54,9 @@ class KernelDFlash:
             hidden = hidden * loaded.embedding_scale
         normed, hidden = rms_norm(hidden, model.layers[0].input_norm, model.eps)
         for index, layer in enumerate(model.layers):
+            if (conv := layer.attention_conv) is not None:
+                mixing = conv.weights(normed)
+                normed = convolve_block(normed, mixing[:, 0], conv.base[0], step.places)
             qkv = layer.qkv(normed).view(len(normed), -1, model.head_dim)
             query = inject_block(
                 qkv,
@@ -73,12 +78,32 @@ class KernelDFlash:
                 sliding_window=self._sliding[index],
                 spread=spread,
             )
-            normed, hidden = rms_norm(layer.o(seen.flatten(1)), layer.post_norm, model.eps, hidden)
+            out = layer.o(seen.flatten(1))
+            if conv is not None:
+                out = convolve_block(out, mixing[:, 1], conv.base[1], step.places)
+            normed, hidden = rms_norm(out, layer.post_norm, model.eps, hidden)
+            if (conv := layer.mlp_conv) is not None:
+                mixing = conv.weights(normed)
+                normed = convolve_block(normed, mixing[:, 0], conv.base[0], step.places)
             gated = gated_activation(layer.gate_up(normed))
-            normed, hidden = rms_norm(layer.down(gated), self._norms[index], model.eps, hidden)
-        choice = draft_head(normed.index_select(0, step.asked), self._head, shape=self._head_shape)
-        answers.token_ids.copy_(choice.token_ids)
-        answers.confidence.copy_(choice.probability())
+            out = layer.down(gated)
+            if conv is not None:
+                out = convolve_block(out, mixing[:, 1], conv.base[1], step.places)
+            normed, hidden = rms_norm(out, self._norms[index], model.eps, hidden)
+        token_ids, confidence = self._read(normed.index_select(0, step.asked), step)
+        answers.token_ids.copy_(token_ids)
+        answers.confidence.copy_(confidence)
+
+    def _read(self, normed: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """Token and confidence of the rows that are asked for, [asked]."""
+        selector = self._model.selector
+        if selector is None:
+            choice = draft_head(normed, self._head, shape=self._head_shape)
+            return choice.token_ids, choice.probability()
+        best = draft_candidates(normed, self._head, selector.top_k, shape=self._head_shape)
+        blocks = step.bonus_tokens, step.asked_starts
+        codebooks = selector.predecessors, selector.successors
+        return select_path(best.token_ids, best.logits, selector.project(normed), *blocks, *codebooks)
 
 
 class InjectedPool(ContextPool):

@@ -1,4 +1,4 @@
-"""The DFlash draft model (arXiv 2602.06036), checkpoint-compatible with z-lab/dflash.
+"""The DFlash draft model (arXiv 2602.06036) and DFlash 2, checkpoint-compatible with z-lab/dflash.
 
 A block is [bonus token, mask, mask, ...] at positions base, base+1, ...; each layer attends from the block's rows to
 (context KV ++ the block's own KV). Context KV comes from context features and is independent per token, so it is made
@@ -7,8 +7,9 @@ once per token by `context_kv` and kept; the block's KV is thrown away. The targ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafter_service.block_conv import BlockConv
 from drafter_service.rotary import Rotary, rotate
-from modeling.dflash import SLIDING, DFlashConfig, DraftCheckpointError, read_weights
+from drafter_service.selector import CandidateSelector
+from modeling.dflash import SLIDING, DFlash2, DFlashConfig, DraftCheckpointError, read_weights
 
 PADDING = 1 << 40  # a context position that no block may see
+CODEBOOK = re.compile(r"(_codebook)\.weight$")  # published without `.weight`; transformers' own saving adds it
 LayerKV = tuple[Tensor, Tensor]  # keys, values: [..., kv_heads, context, head_dim]
 
 
@@ -34,22 +38,27 @@ class DFlashModel(nn.Module):
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden, config.hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden, eps=eps)
         self.shape = shape
-        self.layers = cast(Iterable[DraftLayer], nn.ModuleList(DraftLayer(shape) for _ in range(config.layers)))
+        layers = (DraftLayer(shape, config.v2) for _ in range(config.layers))
+        self.layers = cast(Iterable[DraftLayer], nn.ModuleList(layers))
         self.norm = nn.RMSNorm(config.hidden, eps=eps)
         self.rotary = Rotary(config, shape.head_dim)
+        self.candidate_selector = (
+            CandidateSelector(config.hidden, config.vocabulary, config.v2) if config.v2 is not None else None
+        )
 
     @classmethod
     def load(cls, directory: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> DFlashModel:
         """A published checkpoint, ready for inference. Raises DraftCheckpointError naming what does not fit."""
         config = DFlashConfig.load(directory)
         model = cls(config)
-        weights = read_weights(config.directory)
+        weights = {CODEBOOK.sub(r"\1", name): tensor for name, tensor in read_weights(config.directory).items()}
         expected = model.state_dict()
         unknown = sorted(name for name in weights if name not in expected and not name.endswith("inv_freq"))
         if unknown:
             raise DraftCheckpointError(
                 f"drafter checkpoint {str(directory)!r} holds {len(unknown)} tensors that are not of a DFlash model "
-                f"({', '.join(unknown[:3])}): it is of another kind (DFlash 2, EAGLE, ...), which is not supported"
+                f"({', '.join(unknown[:3])}): it is of another kind (EAGLE, ...), which is not supported, "
+                f"or of DFlash 2, whose keys config.json lacks ({', '.join(field.name for field in fields(DFlash2))})"
             )
         for name, tensor in expected.items():
             if name not in weights:
@@ -75,16 +84,22 @@ class DFlashModel(nn.Module):
         return [layer.self_attn.keys_values(features, rope) for layer in self.layers]
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, context: Sequence[LayerKV], masks: Sequence[Tensor]
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        context: Sequence[LayerKV],
+        masks: Sequence[Tensor],
+        places: Tensor,
     ) -> Tensor:
         """Hidden states [N, Q, hidden], after the final norm, of block rows (embedded by the target's embedding).
 
-        positions [N, Q] int64; context: `context_kv` per layer; masks: per layer, see `block_masks`.
+        positions, places [N, Q] int64: in the sequence, and in the row's own block, 0 for its bonus token; context:
+        `context_kv` per layer; masks: per layer, see `block_masks`.
         """
         rope = self._rope(embeddings, positions)
         hidden = embeddings
         for layer, kv, mask in zip(self.layers, context, masks):
-            hidden = layer(hidden, rope, kv, mask)
+            hidden = layer(hidden, rope, kv, mask, places)
         return self.norm(hidden)
 
     def _rope(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,16 +176,31 @@ class LayerShape:
 
 
 class DraftLayer(nn.Module):
-    def __init__(self, shape: LayerShape):
+    def __init__(self, shape: LayerShape, v2: DFlash2 | None):
         super().__init__()
         self.self_attn = DraftAttention(shape)
         self.mlp = DraftMLP(shape)
         self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.eps)
+        self.attention_conv = BlockConv(shape.hidden, v2) if v2 is not None else None
+        self.mlp_conv = BlockConv(shape.hidden, v2) if v2 is not None else None
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: LayerKV, mask: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, context, mask)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], context: LayerKV, mask: Tensor, places: Tensor
+    ) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(x, rope, context, mask)
+
+        hidden = hidden + _convolved(self.attention_conv, self.input_layernorm(hidden), places, attend)
+        return hidden + _convolved(self.mlp_conv, self.post_attention_layernorm(hidden), places, self.mlp)
+
+
+def _convolved(conv: BlockConv | None, x: Tensor, places: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """branch(x), between its convolutions if it has any."""
+    if conv is None:
+        return branch(x)
+    weights = conv.weights(x)
+    return conv.mix(branch(conv.mix(x, weights, places, 0)), weights, places, 1)
 
 
 class DraftAttention(nn.Module):

@@ -22,8 +22,10 @@ from drafter_service.buckets import Bucket
 class StepInputs:
     """Views of the device's buffer for one bucket, all int64.
 
-    starts [blocks + 1], first_rows, held, bases [blocks]: see kernels.block_attention. token_ids, positions, rows
-    [bucket.rows]: of the flat block rows; rows: of the pool, -1 for padding. asked [bucket.asked]: rows to be read.
+    starts [blocks + 1], first_rows, held, bases [blocks]: see kernels.block_attention. token_ids, positions, places,
+    rows [bucket.rows]: of the flat block rows; places: in their blocks, 0 for padding; rows: of the pool, -1 for
+    padding. asked [bucket.asked]: rows to be read. bonus_tokens [blocks]; asked_starts [blocks + 1]: where each block's
+    rows begin among those that are read.
     """
 
     starts: Tensor
@@ -32,8 +34,11 @@ class StepInputs:
     bases: Tensor
     token_ids: Tensor
     positions: Tensor
+    places: Tensor
     rows: Tensor
     asked: Tensor
+    bonus_tokens: Tensor
+    asked_starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class StepBuffers:
     def send(self, bucket: Bucket, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> None:
         """Describe a batch to the device. The batch before has to be read by then: its copy is under way until then."""
         numbers, parts = self._host.numpy(), _parts(bucket)
-        starts, first_rows, held, bases, tokens, positions, rows, asked = (numbers[part] for part in parts)
+        starts, first_rows, held, bases, tokens, positions, places, rows, asked, bonus, asked_starts = (
+            numbers[part] for part in parts
+        )
         count = len(blocks)
         own = np.array([(b.first_row, b.held, b.base, b.rows) for b in blocks], dtype=np.int64).reshape(count, 4).T
         first_rows[:count], held[:count], bases[:count], sizes = own
@@ -76,13 +83,19 @@ class StepBuffers:
         begins = starts[:count]
         within = np.arange(total) - np.repeat(begins, sizes)
         tokens[:] = self._mask
-        tokens[begins] = bonus_tokens
+        bonus[:count] = bonus_tokens
+        bonus[count:] = self._mask
+        tokens[begins] = bonus[:count]
         positions[:total] = np.repeat(own[2], sizes) + within
         positions[total:] = 0
+        places[:total] = within
+        places[total:] = 0
         rows[:total] = np.repeat(own[0] + own[1], sizes) + within
         rows[total:] = -1
         asked[: total - count] = np.flatnonzero(within)
         asked[total - count :] = 0
+        asked_starts[: count + 1] = starts[: count + 1] - np.arange(count + 1)
+        asked_starts[count + 1 :] = total - count
         end = parts[-1].stop
         self._device[:end].copy_(self._host[:end], non_blocking=True)
 
@@ -102,7 +115,7 @@ def _parts(bucket: Bucket) -> list[slice]:
     Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that is aligned differently.
     """
     n, parts, begin = bucket.blocks, [], 0
-    for size in (n + 1, n, n, n, bucket.rows, bucket.rows, bucket.rows, bucket.asked):
+    for size in (n + 1, n, n, n, *[bucket.rows] * 4, bucket.asked, n, n + 1):
         parts.append(slice(begin, begin + size))
         begin += size + size % 2
     return parts

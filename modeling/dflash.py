@@ -1,7 +1,7 @@
 """DFlash checkpoints as both services read them: configuration, feature fuser, versions.
 
-Format (z-lab/dflash, arXiv 2602.06036): Qwen3 dimensions plus `dflash_config: {target_layer_ids, mask_token_id}`;
-weights without embedding and head. `target_layer_ids` are 0-based layer *outputs*.
+Format (z-lab/dflash, arXiv 2602.06036): Qwen3 dimensions plus `dflash_config: {target_layer_ids, mask_token_id}`, for
+DFlash 2 with the sizes of `DFlash2`; weights without embedding and head. `target_layer_ids`: 0-based layer *outputs*.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from modeling.dflash_config import FULL, SLIDING, DFlashConfig, DraftCheckpointError
+from modeling.dflash_config import FULL, SLIDING, DFlash2, DFlashConfig, DraftCheckpointError
 
 __all__ = [
     "FULL",
     "SLIDING",
+    "DFlash2",
     "DFlashConfig",
     "DraftCheckpointError",
     "FeatureFuser",

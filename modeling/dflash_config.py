@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from modeling.target_config import configuration_file
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+SECOND = "DFlash2DraftModel"  # the published architecture's name
 
 
 class DraftCheckpointError(ValueError):
@@ -17,8 +18,20 @@ class DraftCheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class DFlash2:
+    """What DFlash 2 adds. Convolutions over conv_kernel_size rows of a block, whose dynamic weights are shared by
+    conv_group_size channels; a selector with codebooks of selector_rank that chooses among selector_top_k tokens a row.
+    """
+
+    conv_kernel_size: int
+    conv_group_size: int
+    selector_rank: int
+    selector_top_k: int
+
+
+@dataclass(frozen=True)
 class DFlashConfig:
-    """One checkpoint's config.json. `causal[i]`: rows of a block see only earlier rows in layer i."""
+    """One checkpoint's config.json. `causal[i]`: rows of a block see only earlier rows in layer i. v2: None for v1."""
 
     directory: Path
     raw: dict[str, Any]
@@ -32,6 +45,7 @@ class DFlashConfig:
     layer_types: tuple[str, ...]
     sliding_window: int | None
     causal: tuple[bool, ...]
+    v2: DFlash2 | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> DFlashConfig:
@@ -73,17 +87,43 @@ class DFlashConfig:
                 f"{where}: target_layer_ids {list(taps)} must be 0-based layer outputs below "
                 f"num_target_layers {target_layers}"
             )
+        hidden, vocabulary = int(need("hidden_size")), int(need("vocab_size"))
         return cls(
             directory=directory,
             raw=raw,
-            hidden=int(need("hidden_size")),
+            hidden=hidden,
             layers=layers,
             block_size=int(need("block_size", raw, extra)),
-            vocabulary=int(need("vocab_size")),
+            vocabulary=vocabulary,
             num_target_layers=target_layers,
             target_layer_ids=taps,
             mask_token_id=int(need("mask_token_id", extra, raw)),
             layer_types=types,
             sliding_window=int(window) if window and SLIDING in types else None,
             causal=tuple(bool(override) if override is not None else kind == SLIDING for kind in types),
+            v2=_second_version(raw, where, hidden, vocabulary),
         )
+
+
+def _second_version(raw: dict[str, Any], where: Path, hidden: int, vocabulary: int) -> DFlash2 | None:
+    """None for DFlash 1. The keys are looked up in dflash_config, then beside it, as the published loader does."""
+    extra = raw.get("dflash_config") or {}
+    given = {field.name: extra.get(field.name, raw.get(field.name)) for field in fields(DFlash2)}
+    if not any(given.values()) and SECOND not in (raw.get("architectures") or ()):
+        return None
+    sizes: dict[str, int] = {}
+    for key, value in given.items():
+        if not isinstance(value, int) or value < 1:
+            raise DraftCheckpointError(
+                f"{where}: {key} is {value!r}; a DFlash 2 checkpoint has to state it, in dflash_config, as a positive "
+                f"whole number (beside {', '.join(other for other in given if other != key)})"
+            )
+        sizes[key] = value
+    second = DFlash2(**sizes)
+    if hidden % second.conv_group_size:
+        raise DraftCheckpointError(
+            f"{where}: hidden_size {hidden} is no multiple of conv_group_size {second.conv_group_size}"
+        )
+    if second.selector_top_k > vocabulary:
+        raise DraftCheckpointError(f"{where}: selector_top_k is {second.selector_top_k}, vocab_size only {vocabulary}")
+    return second

@@ -69,7 +69,8 @@ def block_hidden(
     features = model.features(taps)
     context = model.context_kv(features, context_positions)
     masks = block_masks(model.dflash, positions, bases, context_positions)
-    hidden = model(embedding(block_ids.flatten(1)).to(features.dtype), positions, context, masks)
+    embedded = embedding(block_ids.flatten(1)).to(features.dtype)
+    hidden = model(embedded, positions, context, masks, positions - bases)
     return hidden.unflatten(1, (-1, size))[:, :, 1:].contiguous()  # a strided head GEMM would copy the weight per block
 
 

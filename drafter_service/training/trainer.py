@@ -121,7 +121,15 @@ class Trainer:
         out: Path,
         init: Path | None = None,
     ):
-        """`init`: a drafter of the same configuration whose weights to start from. `out` wins where it can resume."""
+        """`init`: a drafter of the same configuration whose weights to start from. `out` wins where it can resume.
+
+        Raises ValueError for a DFlash 2 configuration: its selector learns from another objective than this one.
+        """
+        if config.v2 is not None:
+            raise ValueError(
+                f"{config.directory} is a DFlash 2 drafter: training makes and continues DFlash drafters of the first "
+                "version only. Leave out --init, or start from one of those"
+            )
         self.target, self.config, self.recipe, self.out = target, config, recipe, out
         torch.manual_seed(recipe.seed)
         self.model = DFlashModel(config).to(target.device)

@@ -118,7 +118,7 @@ def draft_candidates(
         BLOCK=triton.next_power_of_2(sections),
         K=k,
         KEPT=kept,
-        CHUNK=max(kept, 1024),
+        CHUNK=max(kept, min(1024, triton.next_power_of_2(sections * kept))),
     )
     return candidates
 
@@ -270,7 +270,9 @@ def _candidate_sections(
         higher = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         top = higher
-        own = tl.topk(_ranked(logits, tl.broadcast_to(token[None, :], logits.shape)), KEPT)
+        ranked = _ranked(logits, tl.broadcast_to(token[None, :], logits.shape))
+        # Beyond the vocabulary is worse than any number and none: whoever looks the tokens up stays within it.
+        own = tl.topk(tl.where(token[None, :] < vocabulary, ranked, -(2**63)), KEPT)
         kept = tl.topk(tl.reshape(tl.join(kept, own), (ROWS, 2 * KEPT)), KEPT)
     cell = section * rows + row
     tl.store(best + cell, top, mask=valid)

@@ -211,7 +211,8 @@ def _draft_plan(draft: Draft, application: Application) -> DraftPlan:
             "fc": model.fc,
             "embedding": model.embedding,
             "head": 0 if model.tied else model.head,
-        },
+        }
+        | ({"codebooks": model.codebooks} if model.codebooks else {}),
         row_bytes=model.row_bytes,
         context_bytes=memory.context_bytes,
         memory=memory,

@@ -113,13 +113,17 @@ def _working(target: TargetModel, limits: Limits, cache: CacheFootprint) -> int:
 
 @dataclass(frozen=True)
 class DrafterModel:
-    """Parameters of a DFlash drafter. shared: its target's embedding and head, which it keeps beside it."""
+    """Parameters of a DFlash drafter. shared: its target's embedding and head, which it keeps beside it.
+
+    layers: with the selector's projection; codebooks: of the selector, both. Of DFlash 2, where there are any.
+    """
 
     layers: int
     norms: int
     fc: int
     embedding: int
     head: int
+    codebooks: int
     tied: bool
     block_size: int
     itemsize: int
@@ -129,7 +133,7 @@ class DrafterModel:
     @property
     def bytes(self) -> int:
         """Held by a drafter process: fc is the verifier's."""
-        held = self.layers + self.norms + self.embedding + (0 if self.tied else self.head)
+        held = self.layers + self.norms + self.codebooks + self.embedding + (0 if self.tied else self.head)
         return held * self.itemsize
 
     @property
@@ -146,12 +150,17 @@ def drafter_model(config: DFlashConfig, tied: bool, itemsize: int) -> DrafterMod
     dim = int(raw.get("head_dim") or hidden // heads)
     attention = hidden * dim * (2 * heads + 2 * kv_heads)
     vocabulary = config.vocabulary * hidden
+    convolutions = selector = codebooks = 0
+    if (second := config.v2) is not None:
+        convolutions = 4 * second.conv_kernel_size * hidden * (1 + hidden // second.conv_group_size)
+        selector, codebooks = hidden * second.selector_rank, 2 * config.vocabulary * second.selector_rank
     return DrafterModel(
-        layers=config.layers * (attention + 3 * hidden * int(raw["intermediate_size"])),
+        layers=config.layers * (attention + 3 * hidden * int(raw["intermediate_size"]) + convolutions) + selector,
         norms=config.layers * 2 * (hidden + dim) + hidden,
         fc=len(config.target_layer_ids) * hidden * hidden + hidden,
         embedding=vocabulary,
         head=vocabulary,
+        codebooks=codebooks,
         tied=tied,
         block_size=config.block_size,
         itemsize=itemsize,

@@ -16,6 +16,17 @@ from modeling.dflash import DFlashConfig
 VOCABULARY, HIDDEN, TARGET_LAYERS, MAX_CONTEXT, BLOCK, MASK = 48, 32, 3, 256, 6, 3
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+TAPS = (0, 2)
+
+
+def second(**sizes: int) -> dict[str, Any]:
+    """The changes of `draft_config` that make it DFlash 2; `sizes` differ from these."""
+    own = {"conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 8, "selector_top_k": 5} | sizes
+    return {
+        "architectures": ["DFlash2DraftModel"],
+        "dflash_config": {"target_layer_ids": list(TAPS), "mask_token_id": MASK, **own},
+    }
+
 
 def draft_config(**changes: Any) -> dict[str, Any]:
     """config.json of a drafter with two full-attention layers; `changes` replace or add keys (None removes one)."""
@@ -37,7 +48,7 @@ def draft_config(**changes: Any) -> dict[str, Any]:
         "num_target_layers": TARGET_LAYERS,
         "block_size": BLOCK,
         "layer_types": [FULL, FULL],
-        "dflash_config": {"target_layer_ids": [0, 2], "mask_token_id": MASK},
+        "dflash_config": {"target_layer_ids": list(TAPS), "mask_token_id": MASK},
     } | changes
     if SLIDING in (raw["layer_types"] or ()):
         raw["use_sliding_window"] = True

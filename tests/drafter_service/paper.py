@@ -1,4 +1,4 @@
-"""DFlash (arXiv 2602.06036) read slowly: one block, loops over layers, rows and heads, nothing of the product."""
+"""DFlash (arXiv 2602.06036) and DFlash 2 read slowly: one block, loops over layers, rows, heads; nothing of ours."""
 
 from __future__ import annotations
 
@@ -35,11 +35,22 @@ def block_hidden(
         def key(x: Tensor, place: int) -> list[Tensor]:
             return [rotated(norm(k, w("self_attn.k_norm"), eps), place, config) for k in split(project("k_proj", x))]
 
-        normed = [norm(x, w("input_layernorm"), eps) for x in rows]
+        def around(
+            branch: str, before: list[Tensor], rows: list[Tensor], which: int, index: int = index
+        ) -> list[Tensor]:
+            """`rows` convolved, in front of a branch (0) or behind it (1), as its input `before` says."""
+            base = weights.get(f"layers.{index}.{branch}_conv.base_kernel")
+            if base is None:
+                return rows
+            projection = weights[f"layers.{index}.{branch}_conv.kernel_projection.weight"].double()
+            return convolved(rows, [projection @ x for x in before], base.double(), which)
+
+        unmixed = [norm(x, w("input_layernorm"), eps) for x in rows]
+        normed = around("attention", unmixed, unmixed, 0)
         seen = [(first + i, f.double()) for i, f in enumerate(features)] + list(zip(places, normed))
         keys = [key(x, place) for place, x in seen]
         values = [split(project("v_proj", x)) for _, x in seen]
-        after = []
+        attended = []
         for r, place in enumerate(places):
             queries = split(project("q_proj", normed[r]))
             out = []
@@ -51,8 +62,11 @@ def block_hidden(
                 chances = torch.exp(scores - scores.max())
                 chances = chances / chances.sum()
                 out.append(sum(chance * values[i][kv] for chance, i in zip(chances, visible)))
-            after.append(rows[r] + project("o_proj", torch.cat(out)))
-        rows = [x + feed_forward(norm(x, w("post_attention_layernorm"), eps), w) for x in after]
+            attended.append(project("o_proj", torch.cat(out)))
+        rows = [x + out for x, out in zip(rows, around("attention", unmixed, attended, 1))]
+        unmixed = [norm(x, w("post_attention_layernorm"), eps) for x in rows]
+        fed = [feed_forward(x, w) for x in around("mlp", unmixed, unmixed, 0)]
+        rows = [x + out for x, out in zip(rows, around("mlp", unmixed, fed, 1))]
     return torch.stack([norm(x, weights["norm.weight"].double(), eps) for x in rows])
 
 
@@ -62,6 +76,21 @@ def sees(config: dict[str, Any], layer: int, place: int, other: int) -> bool:
     if causal and other > place:
         return False
     return not sliding or abs(place - other) < config["sliding_window"]
+
+
+def convolved(rows: list[Tensor], dynamic: list[Tensor], base: Tensor, which: int) -> list[Tensor]:
+    """Row by row: channel c of the row t before weighs base[which, t, c] and its group's number in `dynamic`."""
+    _, taps, channels = base.shape
+    groups = len(dynamic[0]) // (2 * taps)
+    out = []
+    for r in range(len(rows)):
+        mixed = torch.zeros_like(rows[r])
+        for t in range(min(taps, r + 1)):
+            for c in range(channels):
+                own = dynamic[r][(which * taps + t) * groups + c // (channels // groups)]
+                mixed[c] += (base[which, t, c] + own) * rows[r - t][c]
+        out.append(mixed)
+    return out
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,16 @@ from drafter_service.model import PADDING, DFlashModel, block_masks
 from drafter_service.pool import ContextPool
 from modeling.dflash import DFlashConfig, DraftCheckpointError, read_weights
 from tests.drafter_service import paper
-from tests.drafter_service.pairs import BLOCK, FULL, HIDDEN, SLIDING, draft_config, write_checkpoint, write_drafter
+from tests.drafter_service.pairs import (
+    BLOCK,
+    FULL,
+    HIDDEN,
+    SLIDING,
+    draft_config,
+    second,
+    write_checkpoint,
+    write_drafter,
+)
 from tests.drafter_service.test_context import placed
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -25,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full, causal": {"is_causal": True},
     "sliding, not causal": {"layer_types": [SLIDING, SLIDING], "sliding_window": 4, "is_causal": False},
     "all heads alike, with biases": {"num_key_value_heads": 4, "attention_bias": True},
+    "DFlash 2": second(),
+    "DFlash 2, wider, mixed": {"layer_types": [SLIDING, FULL], "sliding_window": 7, **second(conv_kernel_size=3)},
 }
 
 
@@ -54,7 +65,8 @@ def served(drafter: Path, attend: Any, blocks: list[tuple[int, torch.Tensor, tor
         pool.flush()
         positions = torch.cat([torch.arange(base, base + len(rows)) for _, _, rows, base in blocks])
         embedded = torch.cat([embeddings for _, _, embeddings, _ in blocks])
-        hidden = model.forward(embedded, positions, attend(model, pool, where, positions))
+        places = torch.cat([torch.arange(len(rows)) for _, _, rows, _ in blocks])
+        hidden = model.forward(embedded, positions, attend(model, pool, where, positions), places)
         return model.final_norm(hidden).split([len(rows) for _, _, rows, _ in blocks])
 
 
@@ -69,6 +81,7 @@ def test_the_trained_form_equals_the_paper(drafter: Path) -> None:
         positions,
         model.context_kv(features[None], context_positions),
         block_masks(model.dflash, positions, bases, context_positions),
+        positions - bases,
     )
     torch.testing.assert_close(hidden[0], expected(drafter, features, 0, embeddings, 11), atol=1e-4, rtol=1e-4)
 
@@ -136,7 +149,8 @@ def test_features_that_were_no_numbers_leave_nothing_in_their_slot(tmp_path: Pat
         assert blocks[0].first_row == 0, "the short context is to follow the bad one in its slot"
         positions = torch.cat([torch.arange(block.base, block.base + BLOCK) for block in blocks])
         attending = attend(model, pool, blocks, positions)
-        hidden = model.final_norm(model.forward(torch.cat([embeddings, embeddings]), positions, attending))
+        embedded, places = torch.cat([embeddings, embeddings]), torch.arange(BLOCK).repeat(2)
+        hidden = model.final_norm(model.forward(embedded, positions, attending, places))
     for rows, features in zip(hidden.split(BLOCK), (short, long)):
         right = expected(drafter, features, 0, embeddings, len(features))
         torch.testing.assert_close(rows, right, atol=1e-4, rtol=1e-4)
@@ -154,7 +168,7 @@ def test_half_precision_is_close(tmp_path: Path, dtype: torch.dtype) -> None:
         pool.flush()
         places = torch.arange(9, 9 + BLOCK)
         attend = AttendEach(model, pool, [Block(0, 9, 9, BLOCK, False)], places)
-        hidden = model.final_norm(model.forward(embeddings.to(dtype), places, attend))
+        hidden = model.final_norm(model.forward(embeddings.to(dtype), places, attend, places - 9))
     right = expected(drafter, features, 0, embeddings, 9)
     assert hidden.dtype == dtype
     assert torch.nn.functional.cosine_similarity(hidden.float(), right).min() > 0.999
@@ -211,7 +225,7 @@ def test_a_padded_context_row_is_seen_by_no_block(tmp_path: Path) -> None:
 
     def hidden(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         masks = block_masks(model.dflash, positions, bases, places)
-        return model(embeddings, positions, model.context_kv(rows, places), masks)
+        return model(embeddings, positions, model.context_kv(rows, places), masks, positions - bases)
 
     padded = torch.tensor([[0, 1, 2, 3, PADDING, PADDING]])
     torch.testing.assert_close(hidden(features, padded), hidden(features[:, :4], padded[:, :4]))
@@ -221,8 +235,28 @@ def test_a_checkpoint_with_tensors_of_another_kind_of_drafter_is_refused(tmp_pat
     drafter = write_drafter(tmp_path)
     weights = read_weights(drafter) | {"layers.0.attention_conv.base_kernel": torch.zeros(2, 2, HIDDEN)}
     write_checkpoint(drafter, DFlashModel.load(drafter, torch.float32).dflash.raw, weights)
-    with pytest.raises(DraftCheckpointError, match=r"attention_conv.base_kernel.*not supported"):
+    with pytest.raises(
+        DraftCheckpointError, match=r"attention_conv.base_kernel.*config.json lacks \(conv_kernel_size, "
+    ):
         DFlashModel.load(drafter, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["candidate_selector.successor_codebook", "layers.1.mlp_conv.base_kernel"])
+def test_a_second_version_that_lacks_what_makes_it_one_is_refused(tmp_path: Path, name: str) -> None:
+    drafter = write_drafter(tmp_path, **second())
+    weights = read_weights(drafter)
+    write_checkpoint(drafter, draft_config(**second()), {n: tensor for n, tensor in weights.items() if n != name})
+    with pytest.raises(DraftCheckpointError, match=f"lacks the tensor '{name}'"):
+        DFlashModel.load(drafter, torch.float32)
+
+
+def test_codebooks_are_read_under_the_names_that_transformers_saves_too(tmp_path: Path) -> None:
+    drafter = write_drafter(tmp_path, **second())
+    weights = read_weights(drafter)
+    renamed = {f"{n}.weight" if n.endswith("_codebook") else n: tensor for n, tensor in weights.items()}
+    write_checkpoint(drafter, draft_config(**second()), renamed)
+    codebook = "candidate_selector.predecessor_codebook"
+    assert torch.equal(DFlashModel.load(drafter, torch.float32).state_dict()[codebook], weights[codebook])
 
 
 def test_a_checkpoint_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from cluster.link.messages import DraftAsk, Piece
 from drafter_service.engine import DrafterEngine
 from drafter_service.model import DFlashModel, block_masks
 from drafter_service.training.objective import block_hidden, block_loss, sample_blocks
-from modeling.dflash import FeatureFuser, read_weights
+from modeling.dflash import DFlashConfig, FeatureFuser, read_weights
 from tests.drafter_service.pairs import (
     BLOCK,
     FULL,
     HIDDEN,
     SLIDING,
+    TAPS,
+    second,
     settings_for,
     write_checkpoint,
     write_drafter,
@@ -30,13 +32,13 @@ from tests.drafter_service.test_model import KINDS
 
 reference: Any = pytest.importorskip("dflash.model")
 
-TAPS = (0, 2)
 VOCABULARY, NEW_TOKENS = 16, 40
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3], [11, 12, 13, 14, 15, 4, 8, 8, 2, 10, 6]]
 
 
 def published(drafter: Path) -> Any:
-    return reference.DFlashDraftModel.from_pretrained(drafter, dtype=torch.float32).eval()
+    architecture = DFlashConfig.load(drafter).raw["architectures"][0]
+    return getattr(reference, architecture).from_pretrained(drafter, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +54,8 @@ def test_the_published_model_has_the_same_hidden_states(tmp_path: Path, kind: st
     positions, bases = torch.arange(13, 13 + BLOCK)[None], torch.full((1, BLOCK), 13)
     context_positions = torch.arange(13)[None]
     masks = block_masks(model.dflash, positions, bases, context_positions)
-    ours = model(embeddings, positions, model.context_kv(model.features(taps), context_positions), masks)
+    context = model.context_kv(model.features(taps), context_positions)
+    ours = model(embeddings, positions, context, masks, positions - bases)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -87,17 +90,22 @@ def trained_drafter(directory: Path, target: Any, steps: int, **changes: Any) ->
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    codebooks = {name for name in model.state_dict() if name.endswith("_codebook")}  # not trained, but to be heard
+    weights = {n: tensor.detach() * (6 if n in codebooks else 1) for n, tensor in model.state_dict().items()}
     return write_checkpoint(directory, model.dflash.raw, weights)
 
 
 @torch.no_grad()
-def our_accepted_lengths(drafter: Path, target_dir: Path, target: Any, prompt: list[int]) -> list[int]:
-    """Tokens produced by each step of a greedy loop whose drafts come from our engine."""
+def our_steps(
+    drafter: Path, target_dir: Path, target: Any, prompt: list[int]
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Of each step of a greedy loop whose drafts come from our engine: tokens produced, drafts."""
     engine = DrafterEngine(settings_for(target_dir, drafter), threaded=False)
     fuser = FeatureFuser.load(drafter)
     link = LocalLink(engine, **engine.identity)
-    ids, end, lengths = list(prompt), len(prompt) + NEW_TOKENS, []
+    ids, end = list(prompt), len(prompt) + NEW_TOKENS
+    lengths: list[int] = []
+    drafted: list[tuple[int, ...]] = []
     taps, logits = taps_and_logits(target, torch.tensor([ids]))
     rows = fuser(taps[0])
     link.append([Piece("c", 0, len(rows))], rows)
@@ -108,6 +116,7 @@ def our_accepted_lengths(drafter: Path, target_dir: Path, target: Any, prompt: l
         link.ask([ask])
         drafts = link.collect([ask], 0)[0].token_ids
         assert len(drafts) == ask.rows
+        drafted.append(drafts)
         taps, logits = taps_and_logits(target, torch.tensor([[*ids, *drafts]]))
         chosen = logits[0, base:].argmax(-1).tolist()
         accepted = next((i for i, token in enumerate(drafts) if token != chosen[i]), len(drafts))
@@ -115,7 +124,7 @@ def our_accepted_lengths(drafter: Path, target_dir: Path, target: Any, prompt: l
         ids += chosen[: lengths[-1]]
         rows = fuser(taps[0, base : base + lengths[-1]])
         link.append([Piece("c", base, len(rows))], rows)
-    return lengths
+    return lengths, drafted
 
 
 @pytest.mark.parametrize(
@@ -139,10 +148,51 @@ def test_accepted_lengths_per_step_equal_the_published_loop(
             published(drafter), model, torch.tensor([prompt]), NEW_TOKENS, None, return_stats=True
         )
         theirs.append(stats.acceptance_lengths)
-    assert [our_accepted_lengths(drafter, directory, model, prompt) for prompt in PROMPTS] == theirs
+    assert [our_steps(drafter, directory, model, prompt)[0] for prompt in PROMPTS] == theirs
     steps = [length for lengths in theirs for length in lengths]
     assert 1.3 < sum(steps) / len(steps) < BLOCK - 1, "acceptance is trivial: this proves nothing"
     assert len(set(steps)) >= 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        second(),
+        {"layer_types": [SLIDING, SLIDING], "sliding_window": 8, **second(conv_kernel_size=3, selector_top_k=16)},
+        {"layer_types": [FULL, SLIDING], "sliding_window": 8, **second(conv_group_size=1)},
+    ],
+    ids=["full", "sliding", "mixed"],
+)
+def test_drafts_of_a_second_version_are_those_of_the_published_loop_token_by_token(
+    target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    propose = reference.DFlash2DraftModel.propose
+    theirs: list[tuple[int, ...]] = []
+    alone: list[int] = []  # what the head says of each row by itself
+
+    def noting(self: Any, hidden: Tensor, anchors: Tensor, head: Any, temperature: float) -> Any:
+        proposed = propose(self, hidden, anchors, head, temperature)
+        theirs.append(tuple(proposed[0][0].tolist()))
+        alone.extend(self.compute_logits(hidden, head).argmax(-1)[0].tolist())
+        return proposed
+
+    monkeypatch.setattr(reference.DFlash2DraftModel, "propose", noting)
+    monkeypatch.setattr(reference, "_cuda_time", time.perf_counter)
+    directory, model = target
+    drafter = trained_drafter(tmp_path, model, 40, **changes)
+    steps: list[int] = []
+    chosen: list[int] = []
+    for prompt in PROMPTS:
+        theirs.clear()
+        stats = reference.dflash_generate(
+            published(drafter), model, torch.tensor([prompt]), NEW_TOKENS, None, return_stats=True
+        )
+        lengths, drafts = our_steps(drafter, directory, model, prompt)
+        assert (drafts, lengths) == (theirs, stats.acceptance_lengths)
+        steps += lengths
+        chosen += [token for tokens in theirs for token in tokens]
+    assert sum(steps) / len(steps) > 1.2, "acceptance is trivial: this proves nothing"
+    assert sum(own != token for own, token in zip(alone, chosen)) > 10, "the selector is not heard"
 
 
 def test_features_are_the_published_ones(tmp_path: Path) -> None:

@@ -24,5 +24,5 @@ def test_memory_that_holds_none_asks_for_a_smaller_window():
 
 
 def test_a_context_is_as_large_as_the_plan_says():
-    model = DrafterModel(0, 0, 0, 0, 0, False, SIZE.block_size, 2, SIZE.row_bytes, 0)
+    model = DrafterModel(0, 0, 0, 0, 0, 0, False, SIZE.block_size, 2, SIZE.row_bytes, 0)
     assert drafter_memory(model, SIZE.window, 1, None).context_bytes == SIZE.bytes

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from kernels.block_attention import kernel as block_attention
 from kernels.block_attention import reference as block_attention_reference
 from kernels.block_attention.batch import BlockBatch
+from kernels.block_conv import kernel as block_conv
+from kernels.block_conv import reference as block_conv_reference
 from kernels.candidate_selector import kernel as candidate_selector
 from kernels.candidate_selector import reference as candidate_selector_reference
 from kernels.context_inject import kernel as context_inject
@@ -45,6 +47,8 @@ def drafter_cases(machine: Machine) -> Iterator[Case]:
     vocabulary = 248_320 if small == 1 else 140
     yield _candidates(machine, rows=max(1, 60 // small), width=4096 // small, vocabulary=vocabulary)
     yield _selector(machine, blocks=max(1, 16 // small), vocabulary=vocabulary)
+    for blocks in (1, 64):
+        yield _convolution(machine, blocks=max(1, blocks // small), channels=4096 // small)
 
 
 def _inject_context(machine: Machine, tokens: int, layers: int, kv_heads: int, dim: int) -> Case:
@@ -152,6 +156,19 @@ def _selector(machine: Machine, blocks: int, vocabulary: int) -> Case:
         lambda: tuple(candidate_selector.select_path(*given)),
         lambda: tuple(candidate_selector_reference.select_path(*given)),
         moved=rows * (k + 2) * rank * hidden.itemsize + rows * k * 12,
+    )
+
+
+def _convolution(machine: Machine, blocks: int, channels: int) -> Case:
+    taps, group, rows = 2, 16, blocks * BLOCK
+    x, base = machine.normal(rows, channels), machine.normal(taps, channels)
+    dynamic = machine.normal(rows, 2, taps, channels // group)[:, 0]
+    places = machine.ints(torch.arange(BLOCK).repeat(blocks), torch.int64)
+    return Case(
+        f"convolve_block {blocks} x {BLOCK} rows, {channels} channels in groups of {group}",
+        lambda: block_conv.convolve_block(x, dynamic, base, places),
+        lambda: block_conv_reference.convolve_block(x, dynamic, base, places),
+        moved=2 * x.nbytes + base.nbytes + rows * taps * channels // group * x.itemsize,
     )
 
 

@@ -19,8 +19,9 @@ from drafter_service.buckets import Bucket, Buckets
 from drafter_service.engine import DrafterEngine
 from drafter_service.fused import FusedDFlash
 from drafter_service.kernel_blocks import KernelDrafter
+from drafter_service.selector import FusedSelector
 from drafter_service.step_graphs import captured
-from tests.drafter_service.pairs import FULL, SLIDING, settings_for, write_drafter, write_target
+from tests.drafter_service.pairs import FULL, SLIDING, second, settings_for, write_drafter, write_target
 from tests.drafter_service.peers import RecordingPeer, features
 
 # Padding rows hold whatever their memory held.
@@ -79,6 +80,12 @@ class Pair:
         return frames[0]
 
 
+def made_of(target: Path, drafter: Path) -> Pair:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return Pair(target, drafter)
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("pair") / "target")
@@ -86,10 +93,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=DRAFTERS)
 def made(request: pytest.FixtureRequest, target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    drafter = write_drafter(tmp_path_factory.mktemp("pair") / "drafter", **DRAFTERS[request.param])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        return Pair(target, drafter)
+    return made_of(target, write_drafter(tmp_path_factory.mktemp("pair") / "drafter", **DRAFTERS[request.param]))
 
 
 @pytest.fixture
@@ -129,6 +133,22 @@ def test_a_slot_that_held_no_numbers_drafts_as_if_it_were_new(pair: Pair):
     assert pair.ask(DraftAsk("a", 3, 7, 5))[0].token_ids
 
 
+def test_a_second_version_drafts_the_same_in_ragged_batches_and_without_torch(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    changes = {"block_size": 4, "layer_types": [SLIDING, FULL], "sliding_window": 7, **second(selector_top_k=3)}
+    pair = made_of(target, write_drafter(tmp_path / "drafter", scale=0.5, **changes))
+    for seed, (name, size) in enumerate({"a": 5, "b": 11, "c": 2}.items()):
+        pair.append(name, 0, features(size, seed))
+    asks = DraftAsk("a", 5, 7, 2), DraftAsk("b", 11, 2, 3), DraftAsk("c", 2, 9, 1)  # padded to 4 blocks of 4 rows
+    right = pair.ask(*asks)
+    assert [len(answer.token_ids) for answer in right] == [2, 3, 1]
+    refuse_torch(monkeypatch)
+    pair.kernels.append(pair.peers[0], "d", 0, features(11, seed=1))
+    pair.kernels.draft(pair.peers[0], Draft((DraftAsk("d", 11, 2, 3),)))
+    assert pair.peers[0].frames[-1][0].token_ids == right[1].token_ids
+
+
 def test_what_fills_a_bucket_is_counted(pair: Pair):
     before = pair.kernels.counters
     for name in "abc":
@@ -138,9 +158,8 @@ def test_what_fills_a_bucket_is_counted(pair: Pair):
     assert counted == {"rows": 11, "padding_rows": 5, "eager_steps": 1}  # 3 blocks of 6, 3 and 2 rows in 4 x 4
 
 
-def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    pair.append("a", 0, features(9))
-    right = pair.ask(DraftAsk("a", 9, 7, 5))
+def refuse_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step on the kernels must not call raises from here on."""
 
     def refuse(name: str) -> Any:
         def refused(*_: Any, **__: Any) -> None:
@@ -154,6 +173,7 @@ def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.Monke
         (FusedDFlash, ("forward", "context_rows", "final_norm")),
         (AttendEach, ("__call__",)),
         (AttendPadded, ("__call__",)),
+        (FusedSelector, ("choose",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, refuse(name))
@@ -162,6 +182,12 @@ def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.Monke
         for name, function in vars(module).items():
             if inspect.isfunction(function) and not name.startswith(("_", "check")):
                 monkeypatch.setattr(module, name, refuse(name))
+
+
+def test_no_torch_reference_runs_in_a_step(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    pair.append("a", 0, features(9))
+    right = pair.ask(DraftAsk("a", 9, 7, 5))
+    refuse_torch(monkeypatch)
     pair.kernels.append(pair.peers[0], "b", 0, features(9))
     pair.kernels.draft(pair.peers[0], Draft((DraftAsk("b", 9, 7, 5),)))
     assert pair.peers[0].frames[-1][0].token_ids == right[0].token_ids

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from modeling.dflash import (
     FULL,
     SLIDING,
+    DFlash2,
     DFlashConfig,
     DraftCheckpointError,
     FeatureFuser,
@@ -31,6 +32,12 @@ RAW: dict[str, Any] = {
     "layer_types": [SLIDING, FULL],
     "sliding_window": 16,
     "dflash_config": {"target_layer_ids": [1, 4], "mask_token_id": 3},
+}
+SECOND: dict[str, Any] = RAW["dflash_config"] | {
+    "conv_kernel_size": 2,
+    "conv_group_size": 4,
+    "selector_rank": 8,
+    "selector_top_k": 5,
 }
 
 
@@ -79,6 +86,12 @@ def test_the_block_size_may_stand_in_either_place():
     assert config(block_size=None, dflash_config=extra).block_size == 16
 
 
+def test_a_second_version_is_known_by_its_sizes_in_either_place():
+    sizes = {key: SECOND[key] for key in SECOND.keys() - RAW["dflash_config"].keys()}
+    assert config().v2 is None
+    assert config(dflash_config=SECOND).v2 == config(**sizes).v2 == DFlash2(2, 4, 8, 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -90,6 +103,11 @@ def test_the_block_size_may_stand_in_either_place():
         ({"layer_types": [FULL]}, ["layer_types", "2 entries"]),
         ({"layer_types": [FULL, "linear_attention"]}, ["layer_types", "linear_attention"]),
         ({"sliding_window": None}, ["sliding_window", "None"]),
+        ({"architectures": ["DFlash2DraftModel"]}, ["conv_kernel_size is None", "selector_top_k"]),
+        ({"dflash_config": SECOND | {"selector_rank": None}}, ["selector_rank is None", "DFlash 2"]),
+        ({"dflash_config": SECOND | {"selector_rank": "256"}}, ["selector_rank is '256'"]),
+        ({"dflash_config": SECOND | {"conv_group_size": 3}}, ["conv_group_size 3", f"hidden_size {HIDDEN}"]),
+        ({"dflash_config": SECOND | {"selector_top_k": 21}}, ["selector_top_k is 21", "vocab_size only 20"]),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_with_key_and_value(changes, parts):

@@ -16,6 +16,7 @@ from drafter_service.training.objective import Blocks, block_hidden, block_loss,
 from drafter_service.training.sequences import TrainingSequence, cut_cycle
 from drafter_service.training.target import TrainingTarget
 from drafter_service.training.trainer import DraftShape, Recipe, Trainer, learning_rate, new_config
+from tests.drafter_service.pairs import draft_config, second
 
 VOCABULARY = 64
 RECIPE = Recipe(
@@ -236,3 +237,8 @@ def test_the_command_trains_from_prompts_and_says_what_is_wrong_with_its_options
     bad = CliRunner().invoke(app, [*common, *small, *more[:-1], "0,9"])
     assert bad.exit_code == 2
     assert "target_layer_ids" in bad.output
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "config.json").write_text(json.dumps(draft_config(**second())))
+    refused = CliRunner().invoke(app, [*common, *more, "--init", str(tmp_path / "second")])
+    assert refused.exit_code == 2
+    assert "is a DFlash 2 drafter" in refused.output

@@ -15,6 +15,7 @@ from modeling.dflash_config import DFlashConfig
 from paceline.plan.fit import drafter_problems, verifier_problems
 from paceline.plan.gpus import GPUS, gpu_named, gpu_of_bundle
 from paceline.plan.memory import Limits, drafter_memory, drafter_model, rank_memory
+from tests.drafter_service.pairs import HIDDEN, VOCABULARY, draft_config, second
 from tests.paceline.plan.shipped import drafter_of, target_of
 
 TINY = Path(__file__).resolve().parents[3] / "models" / "tiny" / "drafter"
@@ -82,6 +83,14 @@ def test_a_drafters_bytes_are_those_of_the_model_and_pool_that_the_service_build
     pool = ContextPool(FusedDFlash(loaded), 3, 64)
     memory = drafter_memory(model, 64, 3, None)
     assert memory.contexts == pool.kv.nbytes + pool.positions.nbytes
+
+
+def test_a_second_versions_bytes_are_those_of_all_its_weights():
+    config = DFlashConfig.from_dict(draft_config(**second()), Path("drafter"))
+    built = {name: parameter.numel() for name, parameter in DFlashModel(config).named_parameters()}
+    model = drafter_model(config, False, 2)
+    assert model.codebooks == sum(count for name, count in built.items() if name.endswith("_codebook"))
+    assert model.bytes == 2 * (sum(built.values()) - model.fc + 2 * VOCABULARY * HIDDEN)
 
 
 def test_a_tied_head_is_held_once():

@@ -1,0 +1,1 @@
+"""The convolution of DFlash 2 over the rows of a draft block."""
