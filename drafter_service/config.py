@@ -15,7 +15,7 @@ class DrafterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: str = Field(description="DFlash checkpoint directory")
+    checkpoint: str = Field(description="DFlash or DFlash 2 checkpoint directory")
     target: str = Field(description="target checkpoint directory: embedding and lm_head are read here")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cuda"
