@@ -23,7 +23,8 @@ class Beside:
     def after(self, done: Mark) -> Iterator[None]:
         """What is given to the device inside goes to a stream of its own, once `done` has come to pass.
 
-        The host must have waited for its results, or whatever uses them on the device for the stream, by the end.
+        What is launched afterwards comes behind it, whether or not the host has waited for it: a drafter in this
+        process reads what was written here.
         """
         if self._stream is None:
             yield
@@ -32,3 +33,4 @@ class Beside:
         self._stream.wait_event(done)
         with torch.cuda.stream(self._stream):
             yield
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
