@@ -65,8 +65,10 @@ class Seats:
         """Waiting requests take slots and blocks, in order; none passes one for which there is no room."""
         deferred = 0
         for sequence in self.waiting[: len(self._free_slots) + DEFERRED]:
-            hit = self._cache.match(sequence)
-            if not self._free_slots or not self._fits(sequence, hit):
+            if not self._free_slots:
+                return
+            hit = self._cache.match(sequence)  # of a long prompt, as long as a step's planning
+            if not self._fits(sequence, hit):
                 return
             if self._cache.is_coming(sequence, hit):
                 deferred += 1

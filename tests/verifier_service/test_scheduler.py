@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -346,6 +347,18 @@ def test_a_request_that_waits_for_anothers_prefix_goes_on_when_that_is_aborted()
     loop.scheduler.remove(("first", 0))
     loop.run()
     assert loop.finished == {"second": "length"}
+
+
+def test_a_request_without_a_slot_is_looked_up_in_no_step(monkeypatch):
+    loop = Loop(replace(LIMITS, slots=1))
+    loop.add(request("a", output=30))
+    loop.step()
+    loop.add(request("b", prompt=20))
+    looked: list[object] = []
+    monkeypatch.setattr(loop.scheduler.cache, "match", looked.append)
+    for _ in range(5):
+        loop.step()
+    assert not looked
 
 
 def test_a_preempted_request_finds_what_it_had_computed():
