@@ -54,10 +54,18 @@ class VocabularyHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [rows, hidden] -> float32 logits [rows, vocabulary] on rank 0, None on the others."""
+        return self.whole(self.own(hidden))
+
+    def own(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, share], this rank's part of the logits in the model's dtype; -inf beyond the vocabulary's end."""
         logits = self.multiply(hidden)
-        if self.ranks.size == 1:
-            return logits.float()
         if logits.shape[-1] < self.share:  # the last rank's share of an uneven vocabulary
-            logits = F.pad(logits, (0, self.share - logits.shape[-1]))
-        parts = self.ranks.gather_to_first(logits)
+            logits = F.pad(logits, (0, self.share - logits.shape[-1]), value=float("-inf"))
+        return logits
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor | None:
+        """Any rows of `own` -> as `forward` has them. Collective."""
+        if self.ranks.size == 1:
+            return own.float()
+        parts = self.ranks.gather_to_first(own)
         return None if parts is None else torch.cat(parts, dim=-1)[:, : self.vocabulary].float()

@@ -24,8 +24,8 @@ def error_delta(request: EngineRequest, why: str, kind: str) -> Delta:
 class Emission:
     """Hands every sink what this step has for it."""
 
-    def emit(self, progress: Sequence[Progress], logits: torch.Tensor) -> None:
-        """logits: the step's, for the requests that want logprobs."""
+    def emit(self, progress: Sequence[Progress], logits: torch.Tensor | None) -> None:
+        """logits: the step's; None where nobody wants logprobs."""
         by_sink: dict[Sink, list[Delta]] = {}
         for p in progress:
             if not p.token_ids and p.finish is None:
@@ -60,8 +60,9 @@ def _cached(progress: Progress) -> int:
     return min(sequence.cached, sequence.prompt_tokens) if first else 0
 
 
-def _logprobs(progress: Progress, logits: torch.Tensor, top: int) -> tuple[TokenLogprobs, ...]:
+def _logprobs(progress: Progress, logits: torch.Tensor | None, top: int) -> tuple[TokenLogprobs, ...]:
     if not progress.token_ids:
         return ()
+    assert logits is not None, "a step with such a request has logits"
     rows = range(progress.logit_row, progress.logit_row + len(progress.token_ids))
     return tuple(logprobs(logits, rows, progress.token_ids, top))

@@ -28,7 +28,7 @@ from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.grammar.desk import GrammarDesk, Ticket
-from verifier_service.launch import Launched, launch, size_of
+from verifier_service.launch import Launched, launch, size_of, with_draws
 from verifier_service.live_settings import usable
 from verifier_service.marks import Mark, seconds_between
 from verifier_service.model.face import Runner
@@ -210,6 +210,8 @@ class Engine:
         if plan is None:
             return None
         work = self._scheduler.planned
+        if self._runner.shape.draws:
+            plan = with_draws(plan, work)
         if self._recorder is not None:
             self._recorder.planned(plan.step, work)
         limit = self._watch.limit(size_of(plan))

@@ -5,15 +5,17 @@ The tokens stay on the device as well, for a step that is planned before the hos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from cluster.contracts import SamplingParams
 from verifier_service.flight import Planned, sampled_rows
 from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.marks import Mark, mark
 from verifier_service.model.face import Runner
-from verifier_service.plan import StepPlan
+from verifier_service.plan import RowDraw, StepPlan
+from verifier_service.sampling.race import signed
 from verifier_service.sampling.sampler import decide
 from verifier_service.sampling.shaping import draws_of
 from verifier_service.sampling.unread import Unread
@@ -27,7 +29,7 @@ class Launched:
 
     plan: StepPlan
     size: int
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     taps: torch.Tensor | None
     samples: Unread
     began: float
@@ -43,12 +45,27 @@ def launch(
     masks = constrained.start_masks(rows)
     first = mark(runner.shape.device)
     output = runner.forward(plan)
-    assert output.logits is not None, "rank 0 gets the logits"
-    samples = decide(output.logits, draws_of(rows, masks()))
-    if feeds:
-        runner.feed(samples.clamp(min=0))
+    samples = output.tokens
+    if samples is None:
+        assert output.logits is not None, "rank 0 gets the logits"
+        samples = decide(output.logits, draws_of(rows, masks()))
+        if feeds:
+            runner.feed(samples.clamp(min=0))
     last = mark(runner.shape.device)
     return Launched(plan, size_of(plan), output.logits, output.taps, Unread(samples), began, first, last)
+
+
+def with_draws(plan: StepPlan, work: Planned) -> StepPlan:
+    """The plan with all that the ranks need to take its tokens; as it is if the host works on somebody's logits."""
+    if any(sequence.needs_host for sequence, _ in work):
+        return plan
+    draws = []
+    for each in sampled_rows(work):
+        request = each.sequence.request
+        wanted = request.sampling
+        params = SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k, min_p=wanted.min_p)
+        draws.append(RowDraw(each.row, each.count, each.position, signed(request.seed), request.choice, params))
+    return replace(plan, draws=tuple(draws))
 
 
 def size_of(plan: StepPlan) -> int:

@@ -1,28 +1,34 @@
 """A StepPlan as one int64 tensor, and how rank 0 tells it to the other ranks.
 
-Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions, saves, restores], then
-(slot, start, tokens) of each verify row, (slot, start, tokens, completes_prompt, checkpoint) of each chunk, all their
-token ids in that order, and the numbers of the rest: pairs of new blocks and decisions, triples of saves, pairs of
-restores, released slots.
+Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions, saves, restores, draws],
+then (slot, start, tokens) of each verify row, (slot, start, tokens, completes_prompt, checkpoint) of each chunk, all
+their token ids in that order, and the numbers of the rest: pairs of new blocks and decisions, triples of saves, pairs
+of restores, (row, count, position, seed, choice, top_k, bits of temperature, top_p and min_p) of each draw, released
+slots.
 """
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import torch.distributed as dist
 
-from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+from cluster.contracts import SamplingParams
+from verifier_service.plan import PrefillChunk, RowDraw, StepPlan, VerifyRow
 
-HEADER = 10
+HEADER = 11
 FIRST_WORDS = 2048  # 16 KiB: what nearly every plan fits in
-_HEARTBEAT, _STOP, _AHEAD = 1, 2, 4
+_HEARTBEAT, _STOP, _AHEAD, _DRAWS = 1, 2, 4, 8
 
 
 def pack(plan: StepPlan) -> torch.Tensor:
     """int64 [words], on the CPU."""
-    words = [0, plan.step, plan.heartbeat * _HEARTBEAT | plan.stop * _STOP | plan.ahead * _AHEAD]
+    flags = plan.heartbeat * _HEARTBEAT | plan.stop * _STOP | plan.ahead * _AHEAD | (plan.draws is not None) * _DRAWS
+    draws = plan.draws or ()
+    words = [0, plan.step, flags]
     words += [len(part) for part in (plan.verify, plan.prefill, plan.new_blocks, plan.released, plan.decided)]
-    words += (len(plan.saved), len(plan.restored))
+    words += (len(plan.saved), len(plan.restored), len(draws))
     for row in plan.verify:
         words += (row.slot, row.start, len(row.token_ids))
     for chunk in plan.prefill:
@@ -33,6 +39,8 @@ def pack(plan: StepPlan) -> torch.Tensor:
         words += chunk.token_ids
     for numbers in (*plan.new_blocks, *plan.decided, *plan.saved, *plan.restored):
         words += numbers
+    for draw in draws:
+        words += (draw.row, draw.count, draw.position, draw.seed, draw.choice, *_params(draw.params))
     words += plan.released
     words[0] = len(words)
     return torch.tensor(words, dtype=torch.int64)
@@ -41,7 +49,7 @@ def pack(plan: StepPlan) -> torch.Tensor:
 def unpack(packed: torch.Tensor) -> StepPlan:
     """The plan that was packed. Words beyond its length are ignored."""
     words = packed.tolist()
-    _, step, flags, rows, chunks, blocks, released, decided, saved, restored = words[:HEADER]
+    _, step, flags, rows, chunks, blocks, released, decided, saved, restored, draws = words[:HEADER]
     at = HEADER
 
     def take(count: int) -> list[int]:
@@ -60,6 +68,7 @@ def unpack(packed: torch.Tensor) -> StepPlan:
     decisions = tuple((slot, kept) for slot, kept in (take(2) for _ in range(decided)))
     saves = tuple((slot, kept, checkpoint) for slot, kept, checkpoint in (take(3) for _ in range(saved)))
     restores = tuple((slot, checkpoint) for slot, checkpoint in (take(2) for _ in range(restored)))
+    drawn = tuple(_unpacked_draw(take(9)) for _ in range(draws))
     return StepPlan(
         step=step,
         verify=verify,
@@ -69,10 +78,21 @@ def unpack(packed: torch.Tensor) -> StepPlan:
         decided=decisions,
         saved=saves,
         restored=restores,
+        draws=drawn if flags & _DRAWS else None,
         ahead=bool(flags & _AHEAD),
         heartbeat=bool(flags & _HEARTBEAT),
         stop=bool(flags & _STOP),
     )
+
+
+def _params(params: SamplingParams) -> tuple[int, ...]:
+    return params.top_k, *struct.unpack("3q", struct.pack("3d", params.temperature, params.top_p, params.min_p))
+
+
+def _unpacked_draw(words: list[int]) -> RowDraw:
+    row, count, position, seed, choice, top_k, *bits = words
+    temperature, top_p, min_p = struct.unpack("3d", struct.pack("3q", *bits))
+    return RowDraw(row, count, position, seed, choice, SamplingParams(temperature, top_p, top_k, min_p=min_p))
 
 
 class PlanChannel:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from cluster.contracts import SamplingParams
+
 
 class VerifyRow(msgspec.Struct, frozen=True, gc=False):  # hundreds a step: made in a tenth of a dataclass's time
     """Verify bonus + k drafts of one slot. token_ids[0] is the bonus token, at absolute position `start`.
@@ -36,6 +38,20 @@ class PrefillChunk:
     checkpoint: int = -1
 
 
+class RowDraw(msgspec.Struct, frozen=True, gc=False):
+    """Rows row .. row + count - 1 of a step's logits are one request's; row + i is sampled for position `position` + i.
+
+    seed: as int64. params: temperature, above 0, and what truncates; nothing else in them is set.
+    """
+
+    row: int
+    count: int
+    position: int
+    seed: int
+    choice: int
+    params: SamplingParams
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One target forward. Executed in this order: commit `decided`, saved, released, new_blocks, restored, then verify
@@ -48,6 +64,8 @@ class StepPlan:
     A chunk with start 0 zeroes its slot's recurrent state; a slot's first chunk may start later, after cached blocks.
     ahead: planned before the outcome of the step before was known. Token id -1 - row then stands for the token that
     was taken at that row of its logits.
+    draws: the ranks take the tokens themselves, each in its part of the vocabulary: these rows are sampled, all others
+    greedy. None: rank 0 needs the logits.
     heartbeat: nothing to compute. stop: the ranks leave their loop.
     """
 
@@ -59,6 +77,7 @@ class StepPlan:
     decided: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int, int], ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
+    draws: tuple[RowDraw, ...] | None = None
     ahead: bool = False
     heartbeat: bool = False
     stop: bool = False

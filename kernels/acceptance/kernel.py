@@ -143,7 +143,7 @@ def _race(
     tl.store(best_id + row * sections + section, top_id)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride", "row_stride"])
 def _finish(best, best_id, token_ids, scores, parts, part_stride, row_stride, BLOCK: tl.constexpr):
     NEVER: tl.constexpr = 9223372036854775807
     row = tl.program_id(0).to(tl.int64)

@@ -10,12 +10,23 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.contracts import SamplingParams
 from verifier_service.packing import FIRST_WORDS, PlanChannel, pack, unpack
-from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+from verifier_service.plan import PrefillChunk, RowDraw, StepPlan, VerifyRow
 
 numbers = st.integers(0, 1 << 40)
 ids = st.lists(st.integers(0, 300_000), min_size=1, max_size=9).map(tuple)
 pairs = st.lists(st.tuples(numbers, numbers), max_size=5).map(tuple)
+shares = st.floats(0.0, 1.0)
+params = st.builds(
+    lambda temperature, top_p, top_k, min_p: SamplingParams(temperature, top_p, top_k, min_p=min_p),
+    st.floats(1e-5, 9.0),
+    shares,
+    numbers,
+    shares,
+)
+seeds = st.integers(-(1 << 63), (1 << 63) - 1)
+draws = st.lists(st.builds(RowDraw, numbers, numbers, numbers, seeds, numbers, params), max_size=3).map(tuple)
 plans = st.builds(
     StepPlan,
     step=numbers,
@@ -28,6 +39,8 @@ plans = st.builds(
     decided=pairs,
     saved=st.lists(st.tuples(numbers, numbers, numbers), max_size=5).map(tuple),
     restored=pairs,
+    draws=st.none() | draws,
+    ahead=st.booleans(),
     heartbeat=st.booleans(),
     stop=st.booleans(),
 )

@@ -16,7 +16,7 @@ class ModelShape:
     """Limits of the loaded target. layer count etc. stay inside the runner. kv_bytes_per_token: of this rank.
 
     checkpoints: of recurrent state, that a plan may name; None for a target without recurrent state. device: of what a
-    forward returns. blocks: of the KV cache.
+    forward returns. blocks: of the KV cache. draws: a plan may have draws.
     """
 
     vocabulary: int
@@ -26,6 +26,7 @@ class ModelShape:
     checkpoints: int | None = None
     device: str = "cpu"
     blocks: int = 0
+    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class ForwardOutput:
     """Of one plan, rows in plan order (verify rows first, then prefill chunks).
 
     logits: float32 [verify tokens + completed prompts, vocabulary], verify tokens in order, then one row per
-        chunk that completes its prompt; on rank 0 only, None elsewhere.
+        chunk that completes its prompt; on rank 0 only, None elsewhere, and of a plan with draws.
+    tokens: int64 [rows of the logits] on every rank, of a plan with draws: those taken there, -1 where the logits are
+        not finite. Not to be changed.
     taps: [all tokens of the plan, taps x hidden], on rank 0 only and only if the runner was built with taps.
 
     On a GPU it may still be computing them. They stay as they are until the forward after the next one.
@@ -41,6 +44,7 @@ class ForwardOutput:
 
     logits: torch.Tensor | None
     taps: torch.Tensor | None
+    tokens: torch.Tensor | None = None
 
 
 class Runner(Protocol):
@@ -54,7 +58,8 @@ class Runner(Protocol):
     def feed(self, tokens: torch.Tensor) -> None:
         """On rank 0, after a forward and before one whose plan is `ahead`: the tokens taken from its logits.
 
-        int64 [rows of the logits], on the runner's device, none below 0; not to be changed any more.
+        int64 [rows of the logits], on the runner's device, none below 0; not to be changed any more. A plan with draws
+        needs none.
         """
 
     def counters(self) -> Mapping[str, float]:

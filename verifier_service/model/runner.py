@@ -134,6 +134,7 @@ class TargetRunner:
             checkpoints=checkpoints,
             blocks=num_blocks,
             device=device,
+            draws=over_kernels and size > 1,
         )
         self._taken = TakenTokens(self._ranks, device)
         self._taps: tuple[int, ...] = ()
@@ -163,7 +164,9 @@ class TargetRunner:
         """
         self._account(plan)
         output = self._executor.execute(plan, self._taps, self._taken.everywhere() if plan.ahead else None)
-        if self._ranks.rank > 0:
+        if output.tokens is not None:
+            self._taken.put_everywhere(output.tokens.clamp(min=0))
+        elif self._ranks.rank > 0:
             self._taken.expect(plan)
         return output
 

@@ -14,19 +14,24 @@ class TakenTokens:
     def __init__(self, ranks: RankGroup, device: str | torch.device):
         self._ranks, self._device = ranks, device
         self._tokens = torch.empty(0, dtype=torch.long, device=device)
+        self._known = True  # on every rank
 
     def put(self, tokens: torch.Tensor) -> None:
         """On rank 0: token ids, none below 0."""
-        self._tokens = tokens
+        self._tokens, self._known = tokens, False
+
+    def put_everywhere(self, tokens: torch.Tensor) -> None:
+        """On every rank, the same: token ids, none below 0."""
+        self._tokens, self._known = tokens, True
 
     def expect(self, plan: StepPlan) -> None:
         """On the other ranks: this one has been computed."""
         rows = sum(len(row.token_ids) for row in plan.verify) + sum(chunk.completes_prompt for chunk in plan.prefill)
-        self._tokens = torch.empty(rows, dtype=torch.long, device=self._device)
+        self._tokens, self._known = torch.empty(rows, dtype=torch.long, device=self._device), False
 
     def everywhere(self) -> torch.Tensor:
         """What rank 0 has. Collective."""
-        if len(self._tokens):
+        if len(self._tokens) and not self._known:
             self._ranks.broadcast_(self._tokens)
         return self._tokens
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.contracts import SamplingParams
+from verifier_service.plan import RowDraw
 from verifier_service.sampling.edits import Edits
 from verifier_service.sampling.race import race, row_keys, signed
 from verifier_service.sequence import GREEDY_BELOW
@@ -50,7 +51,7 @@ def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor
     return rows, tokens
 
 
-def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tensor, WantedRows]:
+def wanted_rows(draws: Sequence[Draw | RowDraw], device: torch.device) -> tuple[torch.Tensor, WantedRows]:
     """The row numbers int64 [sampled rows], and how each is sampled; on `device`."""
     counts = torch.tensor([draw.count for draw in draws])
     within = torch.cat([torch.arange(draw.count) for draw in draws])
@@ -68,7 +69,7 @@ def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tens
         spread([draw.position for draw in draws]) + within,
     )
     wanted = WantedRows(
-        any(_truncates(draw.params) for draw in draws),
+        any(truncates(draw.params) for draw in draws),
         there(keys),
         there(spread([draw.params.temperature for draw in draws], torch.float64)),
         there(spread([draw.params.top_p for draw in draws], torch.float64)),
@@ -76,6 +77,33 @@ def wanted_rows(draws: Sequence[Draw], device: torch.device) -> tuple[torch.Tens
         there(spread([draw.params.top_k for draw in draws])),
     )
     return rows, wanted
+
+
+def every_row(draws: Sequence[RowDraw], count: int, device: torch.device) -> WantedRows:
+    """How each of `count` rows is sampled, in order; those of no draw are greedy, at temperature 0. On `device`."""
+    wanted = None
+    if draws:
+        rows, wanted = wanted_rows(draws, torch.device("cpu"))
+
+    def everywhere(name: str, dtype: torch.dtype = torch.float64, other: float = 0.0) -> torch.Tensor:
+        if wanted is None:
+            return torch.full((count,), other, dtype=dtype, device=device)
+        every = torch.full((count,), other, dtype=dtype)
+        every[rows] = getattr(wanted, name)
+        return copied(every, device)
+
+    return WantedRows(
+        wanted is not None and wanted.truncated,
+        everywhere("keys", torch.int64),
+        everywhere("temperature"),
+        everywhere("top_p", other=1.0),
+        everywhere("min_p"),
+        everywhere("top_k", torch.int64),
+    )
+
+
+def truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 
 def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -109,10 +137,6 @@ class WantedRows:
 
 
 Method = Callable[[torch.Tensor, WantedRows], torch.Tensor]
-
-
-def _truncates(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 
 def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: WantedRows, index: torch.Tensor, method: Method) -> None:

@@ -17,6 +17,7 @@ from verifier_service.model.device.graphs import StepGraphs
 from verifier_service.model.device.inputs import InputWriter, StepInputs
 from verifier_service.model.device.layout import ChangingLayout, FixedLayout
 from verifier_service.model.device.rotary import whole_rotary
+from verifier_service.model.device.shard_sampling import ShardSampling
 from verifier_service.model.device.states import KernelStates
 from verifier_service.model.device.step import cache_tensors, latent_tensors
 from verifier_service.model.face import ForwardOutput
@@ -52,6 +53,7 @@ class KernelExecutor:
     ):
         self._head, self._first, self._vocabulary = model.head, first, vocabulary
         self._device = torch.device(storage.device)
+        self._sampling = ShardSampling(model.head)
         caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
         self.cache_bytes = held_by([*caches.values(), *latents.values()])
         most = path.rows(num_slots)
@@ -102,6 +104,8 @@ class KernelExecutor:
             logit_rows = inputs.changing.logit_rows if plan.prefill else None
             asked = Work(len(plan.verify), longest, prefill=_prefill_parts(plan), logit_rows=logit_rows)
             hidden = self._forward.run(inputs.fixed, self._taken, asked, taps if self._first else ())
+        if plan.draws is not None:
+            return ForwardOutput(None, hidden.taps, self._sampling.take(hidden.normed, plan.draws))
         logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
         return ForwardOutput(logits if self._first else None, hidden.taps)
 

@@ -1,0 +1,163 @@
+"""Two ranks over gloo that take tokens each in its part of the vocabulary, beside one rank that has all logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
+from modeling.kernel_choice import KernelSetting
+from modeling.operations import TorchOperations
+from modeling.parallel import VocabularyHead
+from modeling.ranks import RankGroup, join_ranks
+from tests.verifier_service.oracle import PartlyRight
+from tests.verifier_service.test_engine import Inbox
+from verifier_service.engine import Engine, follow
+from verifier_service.model.kernel_path import KernelPath
+from verifier_service.model.runner import TargetRunner
+from verifier_service.packing import PlanChannel
+from verifier_service.plan import RowDraw
+from verifier_service.proposers.face import Proposer
+from verifier_service.proposers.plain import NoProposer
+from verifier_service.sampling.draw import every_row
+from verifier_service.sampling.kernel_draw import draw_by_kernels
+from verifier_service.scheduler import SchedulerLimits
+
+SIZE, WAIT_S, BLOCK_TOKENS, BLOCKS, SLOTS = 2, 180.0, 4, 40, 4
+CANDIDATES = 16  # so few that a flat row's top_p is left open
+PARAMS = {
+    "greedy": SamplingParams(),
+    "seeded": SamplingParams(temperature=0.9),
+    "top_k": SamplingParams(temperature=1.5, top_k=5),
+    "min_p": SamplingParams(temperature=1.5, min_p=0.3),
+    "top_p": SamplingParams(temperature=0.05, top_p=0.8),
+    "flat": SamplingParams(temperature=5.0, top_p=0.9),
+    "penalised": SamplingParams(temperature=0.9, frequency_penalty=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """texts: by kind. gathers: how often logits were gathered. steps_ahead, accepted: the engine's counters."""
+
+    texts: dict[str, list[int]]
+    gathers: int
+    steps_ahead: float
+    accepted: float
+
+
+def run(directory: Path, room: Path) -> dict[str, Any]:
+    """What both ranks found: see _rank. Raises what one of them raised."""
+    mp.spawn(_rank, (str(directory), str(room)), nprocs=SIZE)
+    return {f"rank {rank}": json.loads((room / f"{rank}.json").read_text()) for rank in range(SIZE)}
+
+
+def _rank(rank: int, directory: str, room: str) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{room}/rendezvous"
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=SIZE, timeout=timedelta(seconds=WAIT_S)
+    )
+    found: dict[str, Any] = {"rows": _rows(join_ranks(rank, SIZE, dist.group.WORLD, "cpu"))}
+    alone = _said(directory, list(PARAMS), kernels="torch") if rank == 0 else Said({}, 0, 0, 0)
+    ranks: dict[str, Any] = {"rank": rank, "size": SIZE, "group": dist.group.WORLD}
+    found["alone"] = asdict(alone)
+    found["ahead"] = asdict(_said(directory, ["greedy", "seeded", "top_k", "top_p"], **ranks))
+    drafts = PartlyRight(alone.texts, 200, longest=3)
+    found["mixed"] = asdict(_said(directory, ["greedy", "flat", "penalised"], drafts, **ranks))
+    (Path(room) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _said(
+    directory: str,
+    kinds: Sequence[str],
+    proposer: Proposer | None = None,
+    *,
+    kernels: KernelSetting = "triton",
+    **ranks: Any,
+) -> Said:
+    few = partial(_shard_sampling(), candidates=CANDIDATES)
+    with mock.patch("verifier_service.model.device.executor.ShardSampling", few):
+        runner = TargetRunner(
+            directory,
+            num_blocks=BLOCKS,
+            block_tokens=BLOCK_TOKENS,
+            num_slots=SLOTS,
+            dtype=torch.float32,
+            device="cpu",
+            kernel_path=KernelPath(kernels, longest_row=4),
+            **ranks,
+        )
+    assert runner.shape.draws == bool(ranks)
+    channel = PlanChannel(ranks.get("group"))
+    with counted_gathers() as gathers:
+        if ranks.get("rank"):
+            follow(runner, channel)
+            return Said({}, len(gathers), 0, 0)
+        shape = runner.shape
+        limits = SchedulerLimits(slots=SLOTS, blocks=BLOCKS, block_tokens=BLOCK_TOKENS, step_tokens=32, max_waiting=9)
+        info = EngineInfo("e", "f", shape.max_context, shape.vocabulary, SLOTS, 4)
+        engine = Engine(runner, limits, info, proposer=proposer or NoProposer(), channel=channel, runs_ahead=True)
+        inbox = Inbox()
+        for kind in kinds:
+            engine.submit(
+                EngineRequest(kind, (5, 6, 7), seed=2**64 - 9, max_new_tokens=3, sampling=PARAMS[kind]), inbox
+            )
+        engine.start()
+        with mock.patch("tests.verifier_service.test_engine.WAIT_S", WAIT_S):
+            inbox.wait(*kinds)
+        engine.stop()
+        counters = engine.status().counters
+    texts = {kind: inbox.text(kind) for kind in kinds}
+    return Said(texts, len(gathers), counters["steps_ahead"], counters["accepted_tokens"])
+
+
+@contextmanager
+def counted_gathers() -> Iterator[list[int]]:
+    """Columns of each gather to rank 0: only logits go that way."""
+    gather, seen = RankGroup.gather_to_first, []
+
+    def noted(self: RankGroup, part: torch.Tensor) -> list[torch.Tensor] | None:
+        if self.size > 1:
+            seen.append(part.shape[1])
+        return gather(self, part)
+
+    with mock.patch.object(RankGroup, "gather_to_first", noted):
+        yield seen
+
+
+def _rows(ranks: RankGroup) -> dict[str, Any]:
+    """Rows of all kinds in one step of random logits, one of them not finite, over an uneven vocabulary."""
+    vocabulary, torch_head = 201, TorchOperations()
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(7, 8, generator=generator) * 2
+    weight = torch.randn(vocabulary, 8, generator=generator)
+    hidden[6, 3] = float("nan")
+    kinds = ["seeded", "top_k", "min_p", "top_p", "flat"]
+    draws = [RowDraw(at + 1, 1, 7 + at, at - 3, at, PARAMS[kind]) for at, kind in enumerate(kinds)]
+    share = -(-vocabulary // SIZE)
+    own = weight[ranks.rank * share :][:share].contiguous()
+    head = VocabularyHead(own, vocabulary, ranks, torch_head)
+    with counted_gathers() as gathers:
+        tokens = _shard_sampling()(head, CANDIDATES).take(hidden, draws)
+    want = draw_by_kernels(hidden @ weight.t(), every_row(draws, len(hidden), hidden.device))
+    return {"tokens": tokens.tolist(), "want": want.tolist(), "gathers": len(gathers)}
+
+
+def _shard_sampling() -> Any:
+    from verifier_service.model.device.shard_sampling import ShardSampling  # brings triton, interpreted by then
+
+    return ShardSampling

@@ -1,0 +1,48 @@
+"""Tokens that two ranks take in their parts of the vocabulary are those that one takes from all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.verifier_service.gpu_path.shard_ranks import run
+from tests.verifier_service.gpu_path.tiny import OVERRIDES
+from tests.verifier_service.model import tiny_targets
+
+ONE_LAYER = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    target = tmp_path_factory.mktemp("target")
+    tiny_targets.build("qwen3", target, **{**OVERRIDES["qwen3"], **ONE_LAYER}, vocab_size=251)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return run(target, tmp_path_factory.mktemp("room"))
+
+
+def test_rows_of_all_kinds_get_the_whole_vocabularys_tokens_on_every_rank(found):
+    for rank in found.values():
+        assert rank["rows"]["tokens"] == rank["rows"]["want"]
+    assert found["rank 0"]["rows"]["tokens"][-1] == -1, "logits that are not finite"
+
+
+def test_logits_are_gathered_for_rows_that_their_candidates_leave_open(found):
+    assert [rank["rows"]["gathers"] for rank in found.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["ahead", "mixed"])
+def test_text_is_that_of_one_rank(how, found):
+    texts, alone = found["rank 0"][how]["texts"], found["rank 0"]["alone"]["texts"]
+    assert texts == {kind: alone[kind] for kind in texts}
+
+
+def test_no_logits_are_gathered_in_plain_and_sampled_steps_that_are_launched_ahead(found):
+    assert [rank["ahead"]["gathers"] for rank in found.values()] == [0, 0]
+    assert found["rank 0"]["ahead"]["steps_ahead"] > 0
+
+
+def test_logits_are_gathered_while_the_host_works_on_some_with_drafts_too(found):
+    assert found["rank 0"]["mixed"]["gathers"] > 0
+    assert found["rank 0"]["mixed"]["accepted"] > 0
