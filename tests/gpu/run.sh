@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check and measure the kernels and the steps made of them on this machine's GPU: tests/gpu/run.sh [OUT]
+# Check and measure the kernels, the steps made of them and whole pairs on this machine's GPU: tests/gpu/run.sh [OUT]
 # OUT: default build/gpu. PYTHON chooses the interpreter. Exit status: 0 all right, 1 a result is wrong, 3 no usable GPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,7 +10,7 @@ if [ -z "$python" ]; then
 fi
 unset TRITON_INTERPRET
 status=0
-for measure in measure_kernels measure_draft measure_steps; do
+for measure in measure_kernels measure_draft measure_steps measure_pair; do
   code=0
   "$python" -m "tests.gpu.$measure" "${1:-build/gpu}" || code=$?
   [ "$code" -eq 0 ] || status=$code
