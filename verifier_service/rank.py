@@ -20,6 +20,7 @@ from cluster.link.face import VerifierLink
 from cluster.tls import Access
 from modeling.dflash import FeatureFuser
 from modeling.dflash_config import DFlashConfig
+from modeling.kernel_choice import wants_triton
 from modeling.target_config import target_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.control import SpeculationControl
@@ -39,6 +40,7 @@ from verifier_service.proposers.plain import NoProposer
 from verifier_service.recorder import FlightRecorder, FlightTarget
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.settled import settled
+from verifier_service.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def run_rank(
     check_fit(settings)
     with _ranks(settings, rank, rendezvous) as ranks:
         runner = build_runner(settings, rank, ranks.group)
+        if settings.device == "cuda" and wants_triton(settings.kernels, settings.device):
+            warm_up(runner, _limits(settings, runner.shape.blocks), _kernel_path(settings).longest_row)
         channel = PlanChannel(ranks.group)
         engine = build_engine(settings, runner, channel, engine_id, make_link) if rank == 0 else None
         ranks.meet()

@@ -24,7 +24,8 @@ def step_inputs(
     """As kernels.step_inputs.reference. All contiguous in their last dimension."""
     check_arguments(starts, query_starts, slots)
     tokens, requests = token_ids.shape[0], starts.shape[0]
-    ids, cache_rows = torch.empty(2, tokens, dtype=torch.int64, device=token_ids.device).unbind()
+    ids = torch.empty(tokens, dtype=torch.int64, device=token_ids.device)
+    cache_rows = torch.empty_like(ids)  # no view of one tensor: it would be aligned in some steps only
     positions = torch.empty(tokens, dtype=torch.int32, device=token_ids.device)
     context_lengths = torch.empty(requests, dtype=torch.int32, device=token_ids.device)
     _step_inputs[(triton.cdiv(max(tokens, requests), BLOCK),)](

@@ -15,6 +15,8 @@ import torch
 
 T = TypeVar("T", np.ndarray, torch.Tensor)
 
+ALIGNED = 4  # words: a kernel is compiled once more for an argument that does not lie at a multiple of 16 bytes
+
 
 @dataclass(frozen=True)
 class FixedInputs(Generic[T]):
@@ -52,15 +54,16 @@ class FixedLayout:
     rows: int
 
     @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.rows, self.requests, self.requests, self.requests + 1
+
+    @property
     def words(self) -> int:
-        return self.rows + 3 * self.requests + 1
+        return sum(map(_room, self._sizes))
 
     def of(self, words: T) -> FixedInputs[T]:
         """Views into a buffer that begins with the fixed part."""
-        token_ids, starts, slots, query_starts = _cut(
-            words, (self.rows, self.requests, self.requests, self.requests + 1)
-        )
-        return FixedInputs(token_ids, starts, slots, query_starts)
+        return FixedInputs(*_cut(words, self._sizes))
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,16 @@ class ChangingLayout:
     copies: int
 
     @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.wanted, self.moves, self.moves, 3 * self.commits, 4 * self.replays, 2 * self.copies
+
+    @property
     def words(self) -> int:
-        return self.wanted + 2 * self.moves + 3 * self.commits + 4 * self.replays + 2 * self.copies
+        return sum(map(_room, self._sizes))
 
     def of(self, words: T) -> ChangingInputs[T]:
         """Views into a buffer that begins with the changing part."""
-        sizes = (self.wanted, self.moves, self.moves, 3 * self.commits, 4 * self.replays, 2 * self.copies)
-        logit_rows, cells, blocks, commits, replays, copies = _cut(words, sizes)
+        logit_rows, cells, blocks, commits, replays, copies = _cut(words, self._sizes)
         return ChangingInputs(
             *(logit_rows, cells, blocks, commits.reshape(3, self.commits)),
             *(replays.reshape(4, self.replays), copies.reshape(2, self.copies)),
@@ -89,5 +95,9 @@ def _cut(words: T, sizes: Sequence[int]) -> list[T]:
     parts, at = [], 0
     for size in sizes:
         parts.append(words[at : at + size])
-        at += size
+        at += _room(size)
     return parts
+
+
+def _room(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
