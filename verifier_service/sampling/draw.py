@@ -69,7 +69,7 @@ def wanted_rows(draws: Sequence[Draw | RowDraw], device: torch.device) -> tuple[
         spread([draw.position for draw in draws]) + within,
     )
     wanted = WantedRows(
-        any(truncates(draw.params) for draw in draws),
+        any(_truncates(draw.params) for draw in draws),
         there(keys),
         there(spread([draw.params.temperature for draw in draws], torch.float64)),
         there(spread([draw.params.top_p for draw in draws], torch.float64)),
@@ -100,10 +100,6 @@ def every_row(draws: Sequence[RowDraw], count: int, device: torch.device) -> Wan
         everywhere("min_p"),
         everywhere("top_k", torch.int64),
     )
-
-
-def truncates(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 
 def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -137,6 +133,10 @@ class WantedRows:
 
 
 Method = Callable[[torch.Tensor, WantedRows], torch.Tensor]
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 
 def _fill(tokens: torch.Tensor, logits: torch.Tensor, rows: WantedRows, index: torch.Tensor, method: Method) -> None:

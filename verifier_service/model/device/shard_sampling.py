@@ -60,7 +60,8 @@ class ShardSampling:
     def _best(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Of all ranks' (token, score) of each row, in one gather."""
         everyones = torch.stack(self._ranks.gather(torch.stack([tokens, scores.view(torch.int64)])))
-        return join(everyones[:, 0], everyones[:, 1].view(torch.float64))[0]
+        ids, scores = (part.contiguous() for part in everyones.unbind(1))  # aligned, whatever the number of rows
+        return join(ids, scores.view(torch.float64))[0]
 
     def _may_be_open(self, draws: Sequence[RowDraw]) -> bool:
         return any(draw.params.top_p < 1.0 or draw.params.top_k > self._candidates for draw in draws)
