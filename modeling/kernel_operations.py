@@ -9,14 +9,15 @@ from kernels.gated_activation.kernel import gated_activation
 from kernels.linear.kernel import add_leaves
 from modeling.experts import Experts, ExpertWeights
 from modeling.fixed_linear import Linear
+from modeling.full_vectors import FullVectors
 from modeling.gates import Gate, silu_gate
 from modeling.kernel_experts import TritonExperts, triton_route
 from modeling.kernel_linear import TritonLeaves, TritonLinear
-from modeling.operations import TorchOperations
+from modeling.operations import Elementwise, TorchOperations
 from modeling.quantized.packed import Weight
 from modeling.ranks import RankGroup
 from modeling.routing import Route
-from modeling.tiles import leaves_of
+from modeling.tiles import LEAVES, leaves_of
 
 
 class TritonOperations(TorchOperations):
@@ -44,11 +45,14 @@ class TritonOperations(TorchOperations):
 class DeterministicTritonOperations(TritonOperations):
     """Results of every row depend on nothing but the row: not on the batch, nor on how ranks divide the model.
 
-    A partial is float32 [leaves of this rank, tokens, out]; totals have `dtype`. size: ranks, 1, 2, 4 or 8.
+    A partial is float32 [leaves of this rank, tokens, out]; totals have `dtype`. size: ranks, 1, 2, 4 or 8. device: a
+    GPU runs torch's elementwise functions entry by entry; a CPU, where kernels are interpreted, wants full vectors.
     """
 
-    def __init__(self, dtype: torch.dtype, size: int = 1):
-        self._dtype, self._size = dtype, size
+    def __init__(self, dtype: torch.dtype, size: int = 1, *, device: str = "cuda"):
+        if LEAVES % size:
+            raise ValueError(f"{size} ranks cannot share {LEAVES} leaves: 1, 2, 4 and 8 can")
+        self._dtype, self._size, self._device = dtype, size, device
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         return TritonLinear(weight, bias, deterministic=True)
@@ -60,6 +64,9 @@ class DeterministicTritonOperations(TritonOperations):
     def experts(self, weights: ExpertWeights, gate: Gate = silu_gate) -> Experts:
         """Raises CheckpointError as partial_linear does."""
         return TritonExperts(weights, gate, leaves=self._leaves(weights.down))
+
+    def elementwise(self, function: Elementwise) -> Elementwise:
+        return FullVectors(function) if self._device == "cpu" else function
 
     def total(self, partial: Tensor, ranks: RankGroup) -> Tensor:
         if ranks.size == 1:

@@ -58,7 +58,7 @@ def replay(
             device=device,
             kv_dtype=flight.target.kv_dtype,
             max_context=context,
-            deterministic=flight.target.deterministic and device == "cpu",
+            deterministic=flight.target.deterministic,
         )
         grammars = None
         if any(one.request.grammar is not None for one in flight.requests):

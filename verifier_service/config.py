@@ -133,15 +133,10 @@ class VerifierSettings(Strict):
     def _deterministic_where_it_can_be(self) -> VerifierSettings:
         if not self.deterministic:
             return self
-        if self.device != "cpu":
+        if self.device == "cuda" and self.kernels == "torch":
             raise ValueError(
-                f"deterministic is true but device is {self.device!r}, where it is not available yet: set "
-                "deterministic to false, or device to 'cpu'"
-            )
-        if self.kernels == "triton":
-            raise ValueError(
-                "deterministic is true but kernels is 'triton', with which it is not available yet: set deterministic "
-                "to false, or kernels to 'auto'"
+                "deterministic is true but device is 'cuda' and kernels 'torch', whose products choose their order by "
+                "the batch: set kernels to 'auto', or deterministic to false"
             )
         if self.tensor_parallel_size not in DETERMINISTIC_SIZES:
             raise ValueError(
@@ -149,7 +144,7 @@ class VerifierSettings(Strict):
                 f"balanced tree of 8 parts, so choose one of {', '.join(map(str, DETERMINISTIC_SIZES))}, or set "
                 "deterministic to false"
             )
-        if self.threads_per_rank != 1:
+        if self.device == "cpu" and self.threads_per_rank != 1:
             raise ValueError(
                 f"deterministic is true but threads_per_rank is {self.threads_per_rank}: where torch divides an array "
                 "among threads, last bits follow; set it to 1 and raise tensor_parallel_size, or set deterministic to "

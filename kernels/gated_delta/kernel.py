@@ -2,10 +2,14 @@
 
 A program holds a [key_dim, VALUES] slice of one head's state in registers and walks through the block's tokens: columns
 of the state never mix, so slices need nothing of each other. The recurrence is exact in float32 and runs a row's
-tokens in order: outputs do not depend on the batch, nor on how many tokens are verified.
+tokens in order: outputs do not depend on the batch, nor on how many tokens are verified. A commit is one weighted sum
+over the kept tokens; a replay advances the state token by token as the verify does, to the same bits however the
+tokens were cut into blocks (the multiply-add is written out, or a compiler might contract it in one of them only).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -66,12 +70,38 @@ def gated_delta_commit(
     decay and corrected contiguous. A row that keeps nothing neither reads nor writes its state. Raises ValueError for
     sizes that are not powers of two.
     """
+    _advance(_commit, key, decay, corrected, memory, slots, first, kept)
+
+
+def gated_delta_replay(
+    key: torch.Tensor,
+    log_decay: torch.Tensor,
+    corrected: torch.Tensor,
+    memory: torch.Tensor,
+    slots: torch.Tensor,
+    first: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:
+    """As gated_delta_commit, from each token's own log decay, token by token: to the bits that the verify saw."""
+    _advance(_replay, key, log_decay, corrected, memory, slots, first, kept)
+
+
+def _advance(
+    run: Any,
+    key: torch.Tensor,
+    decay: torch.Tensor,
+    corrected: torch.Tensor,
+    memory: torch.Tensor,
+    slots: torch.Tensor,
+    first: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:
     check_arguments(key, corrected, memory, slots, first)
     check_arguments(key, corrected, memory, slots, kept)
     _check_sizes(key, corrected)
     _, heads, value_dim = corrected.shape
     columns = min(value_dim, 32)
-    _commit[(value_dim // columns, heads, slots.shape[0])](
+    run[(value_dim // columns, heads, slots.shape[0])](
         *(key, decay.contiguous(), corrected.contiguous(), memory, slots, first, kept),
         *(*key.stride()[:2], memory.stride(0), memory.stride(1), memory.stride(2)),
         HEADS=heads,
@@ -138,7 +168,7 @@ def _verify(
         fade = tl.load(log_decay + gate)
         state = state * tl.exp(fade)
         fix = tl.load(beta + gate) * (own_value - tl.sum(state * own_key[:, None], 0))
-        state = state + own_key[:, None] * fix[None, :]
+        state = tl.fma(own_key[:, None], fix[None, :], state)
         running += fade
         cell = at * HEADS + head
         tl.store(output + cell * VALUE_DIM + column, tl.sum(state * own_query[:, None], 0))
@@ -185,4 +215,44 @@ def _commit(
         own_key = tl.load(key + (head // GROUP) * key_head + at * key_token + dim).to(tl.float32)
         fix = tl.load(corrected + cell * VALUE_DIM + column)
         state = state + (own_key * weight)[:, None] * fix[None, :]
+    tl.store(where, state)
+
+
+@triton.jit
+def _replay(
+    key,
+    log_decay,
+    corrected,
+    memory,
+    slots,
+    starts,
+    kept,
+    key_token,
+    key_head,
+    memory_slot,
+    memory_head,
+    memory_key,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    count = tl.load(kept + row).to(tl.int64)
+    if count <= 0:
+        return
+    first = tl.load(starts + row).to(tl.int64)
+    slot = tl.load(slots + row).to(tl.int64)
+    dim = tl.arange(0, KEY_DIM)
+    column = part * VALUES + tl.arange(0, VALUES)
+    where = memory + slot * memory_slot + head * memory_head + dim[:, None] * memory_key + column[None, :]
+    state = tl.load(where)
+    for at in range(first, first + count):
+        cell = at * HEADS + head
+        own_key = tl.load(key + (head // GROUP) * key_head + at * key_token + dim).to(tl.float32)
+        fix = tl.load(corrected + cell * VALUE_DIM + column)
+        state = tl.fma(own_key[:, None], fix[None, :], state * tl.exp(tl.load(log_decay + cell)))
     tl.store(where, state)

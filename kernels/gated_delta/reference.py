@@ -3,7 +3,8 @@
 S_t = exp(g_t) S_{t-1} + k_t c_t^T,  c_t = beta_t (v_t - exp(g_t) S_{t-1}^T k_t),  o_t = S_t^T q_t
 
 What token t writes, its corrected value c_t, does not depend on later tokens. So a verify leaves the committed state
-alone and keeps (k, running decay, c); any prefix of the block is committed from them by one weighted sum.
+alone and keeps (k, running decay, c); any prefix of the block is committed from them by one weighted sum. A replay
+runs S_t again instead, which gives the same bits however the tokens were cut into blocks.
 """
 
 from __future__ import annotations
@@ -84,6 +85,25 @@ def gated_delta_commit(
             memory[slot] = memory[slot] * total.exp()[:, None, None] + weighted.permute(1, 2, 0) @ corrected[
                 own
             ].transpose(0, 1)
+
+
+def gated_delta_replay(
+    key: torch.Tensor,
+    log_decay: torch.Tensor,
+    corrected: torch.Tensor,
+    memory: torch.Tensor,
+    slots: torch.Tensor,
+    first: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:
+    """As gated_delta_commit, token by token; log_decay [tokens, heads] as given to the verify."""
+    check_arguments(key, corrected, memory, slots, first)
+    check_arguments(key, corrected, memory, slots, kept)
+    key = key.float().repeat_interleave(corrected.shape[1] // key.shape[1], dim=1)
+    for slot, begin, count in zip(slots.tolist(), first.tolist(), kept.tolist(), strict=True):
+        for at in range(begin, begin + count):
+            faded = memory[slot] * log_decay[at, :, None, None].exp()
+            memory[slot] = faded + key[at, :, :, None] * corrected[at, :, None, :]
 
 
 def check_arguments(

@@ -169,18 +169,22 @@ def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator
         tolerance=1e-4,
     )
 
-    def commit(way: Any, state: torch.Tensor) -> torch.Tensor:
-        way.gated_delta_commit(key, done.decay, done.corrected, state, slots, starts[:-1], kept)
-        return state
+    def advancing(name: str, decay: torch.Tensor) -> Case:
+        def run(way: Any, state: torch.Tensor) -> torch.Tensor:
+            getattr(way, name)(key, decay, done.corrected, state, slots, starts[:-1], kept)
+            return state
 
-    states = memory.clone(), memory.clone()  # advanced again by each run: equal numbers of runs stay comparable
-    yield Case(
-        f"gated_delta_commit {requests} x {tokens // 2} of {tokens} tokens, {heads} heads x {dim}",
-        lambda: commit(gated_delta, states[0]),
-        lambda: commit(gated_delta_reference, states[1]),
-        moved=8 * memory.numel() + 4 * (key.numel() + done.corrected.numel()) * (tokens // 2) // tokens,
-        tolerance=1e-4,
-    )
+        states = memory.clone(), memory.clone()  # advanced again by each run: equal numbers of runs stay comparable
+        return Case(
+            f"{name} {requests} x {tokens // 2} of {tokens} tokens, {heads} heads x {dim}",
+            lambda: run(gated_delta, states[0]),
+            lambda: run(gated_delta_reference, states[1]),
+            moved=8 * memory.numel() + 4 * (key.numel() + done.corrected.numel()) * (tokens // 2) // tokens,
+            tolerance=1e-4,
+        )
+
+    yield advancing("gated_delta_commit", done.decay)
+    yield advancing("gated_delta_replay", -fade)
 
 
 def _conv(machine: Machine, requests: int, tokens: int, channels: int) -> Iterator[Case]:

@@ -45,7 +45,10 @@ def sum_products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        products = a.data.astype(np.float32)[:, :, None] * b.data.astype(np.float32)[None]
-        return TensorHandle(np.add.accumulate(products, axis=1)[:, -1] + d.data, d.dtype.scalar)
+        left, right = a.data.astype(np.float32), b.data.astype(np.float32)
+        total = left[:, :1] * right[:1]
+        for at in range(1, len(right)):
+            total += left[:, at : at + 1] * right[at]
+        return TensorHandle(total + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -55,6 +57,23 @@ def test_a_commit_is_as_if_only_the_accepted_tokens_had_been_run(way):
     way.gated_delta_commit(key, done.decay, done.corrected, memory, slots, STARTS[:-1], torch.tensor(kept))
     torch.testing.assert_close(memory, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(memory[slots[3]], before[slots[3]]), "a row that keeps nothing stays exactly as it was"
+
+
+@WAYS
+def test_a_replay_leaves_the_same_bits_however_tokens_were_cut_into_blocks(way):
+    query, key, value, log_decay, beta, memory, slots = a_batch()
+    cut_states = []
+    for cuts in ((0, 5), (0, 1, 4, 5)):
+        state = memory.clone()
+        for first, stop in pairwise(cuts):
+            row = torch.tensor([first, stop], dtype=torch.int32)
+            done = way.gated_delta_verify(query, key, value, log_decay, beta, state, slots[:1], row)
+            way.gated_delta_replay(key, log_decay, done.corrected, state, slots[:1], row[:1], row[1:] - row[:1])
+        cut_states.append(state)
+    assert torch.equal(*cut_states)
+    done = way.gated_delta_verify(query, key, value, log_decay, beta, memory, slots, STARTS)
+    way.gated_delta_commit(key, done.decay, done.corrected, memory, slots, STARTS[:-1], torch.tensor([5, 0, 0, 0]))
+    torch.testing.assert_close(cut_states[0], memory, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_before_tokens_may_be_viewed_as_tokens_before_heads():

@@ -9,13 +9,12 @@ import torch
 
 from modeling.experts import ExpertWeights, make_experts
 from modeling.fixed_linear import fixed_linear
-from modeling.full_vectors import FullVectorGate, FullVectors
-from modeling.gates import ClampedGate, Gate, silu_gate
+from modeling.gates import ClampedGate, silu_gate
 from modeling.kernel_linear import TritonLinear
 from modeling.kernel_operations import DeterministicTritonOperations, TritonOperations
 from modeling.kernel_weights import matrices_of
 from modeling.moe import SharedExpert, SparseMoe
-from modeling.operations import Elementwise, Operations, TorchOperations
+from modeling.operations import Operations, TorchOperations
 from modeling.quantized.packed import BlockPacked, Packed, StackedRows, Weight, nibble_values, stacked_rows
 from modeling.ranks import RankGroup
 from modeling.routing import SigmoidTopK, SoftmaxTopK
@@ -155,22 +154,12 @@ def part_of(name: str, weight: torch.Tensor, rank: int, size: int) -> torch.Tens
     return weight[..., own].contiguous() if name.endswith("down") else weight
 
 
-class OnCpu(DeterministicTritonOperations):
-    """What is elementwise, as a CPU needs it for bits that do not depend on an entry's place."""
-
-    def elementwise(self, function: Elementwise) -> Elementwise:
-        return FullVectors(function)
-
-    def gate(self, gate: Gate) -> Gate:
-        return FullVectorGate(gate)
-
-
 def test_a_deterministic_mixture_has_the_same_bits_alone_and_divided(monkeypatch: pytest.MonkeyPatch):
     sum_products_in_order(monkeypatch)
     weights, x, route = mixture(plain), torch.randn(18, HIDDEN), SoftmaxTopK(2, True)
     totals = []
     for size in (1, 2):
-        operations = OnCpu(torch.float32, size)
+        operations = DeterministicTritonOperations(torch.float32, size, device="cpu")
         branches = []
         for rank in range(size):
             own = {name: part_of(name, weight, rank, size) for name, weight in weights.items()}  # type: ignore[arg-type]
@@ -182,7 +171,7 @@ def test_a_deterministic_mixture_has_the_same_bits_alone_and_divided(monkeypatch
             ).shape == (LEAVES // size, 1, HIDDEN)
         totals.append(tree_sum(torch.stack(branches)))
     assert torch.equal(totals[0], totals[1])
-    alone = moe(OnCpu(torch.float32), weights, route)
+    alone = moe(DeterministicTritonOperations(torch.float32, device="cpu"), weights, route)
     assert torch.equal(torch.cat([alone(x[i : i + 1]) for i in (0, 17)]), totals[0][[0, 17]])
     close(totals[0], moe(TorchOperations(), weights, route)(x))
 

@@ -183,8 +183,7 @@ def test_steps_of_many_tokens_are_no_exception(family, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device": "cuda"}, "device is 'cuda', where it is not available yet: set deterministic to false"),
-        ({"kernels": "triton"}, "kernels is 'triton', with which it is not available yet: .* kernels to 'auto'"),
+        ({"device": "cuda", "kernels": "torch"}, "device is 'cuda' and kernels 'torch', .*: set kernels to 'auto'"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3: .* choose one of 1, 2, 4, 8"),
         ({"tensor_parallel_size": 16}, "tensor_parallel_size is 16: .* choose one of 1, 2, 4, 8"),
         ({"threads_per_rank": 2}, "threads_per_rank is 2: .* set it to 1"),
@@ -192,7 +191,8 @@ def test_steps_of_many_tokens_are_no_exception(family, tmp_path):
 )
 def test_what_it_cannot_do_is_refused_with_the_cure(changes, message):
     settings = {"target": "t", "device": "cpu", "speculation": {"mode": "none"}}
-    VerifierSettings.model_validate({**settings, "deterministic": True})
+    for can in ({}, {"device": "cuda"}, {"kernels": "triton"}, {"device": "cuda", "threads_per_rank": 2}):
+        VerifierSettings.model_validate({**settings, "deterministic": True, **can})
     VerifierSettings.model_validate({**settings, **changes})
     with pytest.raises(ValidationError, match=message):
         VerifierSettings.model_validate({**settings, "deterministic": True, **changes})

@@ -43,8 +43,8 @@ class TargetRunner:
     num_blocks x block_tokens: KV capacity in tokens; num_blocks None: what room there is within `memory`, over kernels
     on CUDA. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running requests. max_context: None = the
     checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. deterministic: results depend neither
-    on the batch nor on `size`, to the bit (on CPU). taps: see set_taps. progress: told of every tensor while weights
-    load.
+    on the batch nor on `size`, to the bit (on CPU, or over kernels). taps: see set_taps. progress: told of every tensor
+    while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -69,7 +69,7 @@ class TargetRunner:
         kernel_path: KernelPath = KernelPath(),
         memory: MemoryLimits = MemoryLimits(),
     ):
-        over_kernels = not deterministic and wants_triton(kernel_path.kernels, device)
+        over_kernels = wants_triton(kernel_path.kernels, device)
         config = read_target_config(target_dir)
         family = family_of(config)
         shards = shard_map(config, size)
@@ -82,12 +82,21 @@ class TargetRunner:
             empty = touchpoints.empty_model(config, dtype, forms.attention)
             load = partial(load_rank, empty, weights, family, self._ranks, forms=forms)
             if over_kernels:
-                from modeling.kernel_operations import TritonOperations  # these import triton
+                from modeling.kernel_operations import (  # these import triton
+                    DeterministicTritonOperations,
+                    TritonOperations,
+                )
+                from verifier_service.model.device import forms as kernel_forms
                 from verifier_service.model.device.executor import KernelExecutor
                 from verifier_service.model.device.loading import kernel_layer, kernel_norm
 
-                self._model = load(TritonOperations(), make_layer=kernel_layer, make_norm=kernel_norm)
-                make: Callable[..., Executor] = partial(KernelExecutor, path=kernel_path)
+                mixing = kernel_forms.DETERMINISTIC if deterministic else kernel_forms.FAST
+                self._model = load(
+                    DeterministicTritonOperations(dtype, size, device=device) if deterministic else TritonOperations(),
+                    make_layer=partial(kernel_layer, forms=mixing),
+                    make_norm=kernel_norm,
+                )
+                make: Callable[..., Executor] = partial(KernelExecutor, path=kernel_path, forms=mixing)
             else:
                 self._model = load(DeterministicOperations(dtype, size) if deterministic else TorchOperations())
                 make = partial(TorchExecutor, replay=forms.replay)

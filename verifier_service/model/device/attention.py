@@ -50,6 +50,7 @@ class KernelAttention(nn.Module):
     ):
         super().__init__()
         self.qkv, self.output = operations.linear(qkv, bias), output
+        self.sigmoid = operations.elementwise(torch.sigmoid)
         self.layer, self.shape, self.norms = layer, shape, norms
         self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
 
@@ -69,18 +70,18 @@ class KernelAttention(nn.Module):
             key_norm=None if norms is None else norms[1].weight,
             norm_eps=0.0 if norms is None else norms[0].eps,
         )
-        seen = paged_attention(
+        seen = step.attended.over(
             query,
-            cache.keys,
-            cache.values,
-            step.batch,
-            scaling=shape.scaling,
-            sliding_window=shape.window,
-            sinks=self.sinks,
-            key_scales=cache.key_scales,
-            value_scales=cache.value_scales,
-            split_tokens=step.section,
+            lambda own, batch: paged_attention(
+                *(own, cache.keys, cache.values, batch),
+                scaling=shape.scaling,
+                sliding_window=shape.window,
+                sinks=self.sinks,
+                key_scales=cache.key_scales,
+                value_scales=cache.value_scales,
+                split_tokens=step.attended.section,
+            ),
         )
         if gate is not None:
-            seen = seen * torch.sigmoid(gate)
+            seen = seen * self.sigmoid(gate)
         return self.output(seen.flatten(1))

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from kernels.delta_inputs.kernel import delta_inputs
+from kernels.delta_inputs.reference import DeltaInputs
 from kernels.gated_delta.kernel import gated_delta_verify
+from kernels.gated_delta.reference import BlockOutcome
 from kernels.gated_norm.kernel import gated_norm
 from kernels.short_conv.kernel import short_conv_verify
-from verifier_service.model.device.states import KernelStates
-from verifier_service.model.device.step import DeviceStep, VerifyRows
+from verifier_service.model.device.states import KernelStates, StateRows
+from verifier_service.model.device.step import DeviceStep
 from verifier_service.model.gated_delta_net import RaggedGatedDeltaNet
 
 
@@ -30,23 +32,32 @@ class KernelGatedDeltaNet(RaggedGatedDeltaNet):
         outputs = []
         if step.verify is not None:
             own = slice(step.verify.tokens)
-            outputs.append(self._verify(step.states, step.verify, mixed[own], a[own], b[own]))
-        for part in step.prefill:
-            own = slice(part.first, part.stop)
-            log_decay = F.softplus(a[own].float() + self.dt_bias).mul_(self.negative_rate)
-            outputs.append(self._prefill(step.states, part, mixed[own], log_decay, torch.sigmoid(b[own].float())))
+            inputs, done = self._run(step.states, step.verify, mixed[own], a[own], b[own])
+            step.states.keep_tokens(self.state_layer, mixed[own], inputs, done)
+            outputs.append(done.output)
+        if step.prefill:
+            outputs += self._prefills(step, mixed, a, b)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
         output = gated_norm(output, self.norm, self.norm_eps, gate)
         return self.total(self.out_proj(output), self.ranks)
 
-    def _verify(
-        self, states: KernelStates, rows: VerifyRows, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-    ) -> torch.Tensor:
+    def _prefills(self, step: DeviceStep, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+        """Of all the step's tokens -> outputs [tokens, heads, value_dim] of the chunks, whose states advance."""
+        assert step.states is not None, "a hybrid model needs recurrent states"
+        outputs = []
+        for part in step.prefill:
+            own = slice(part.first, part.stop)
+            log_decay = F.softplus(a[own].float() + self.dt_bias).mul_(self.negative_rate)
+            outputs.append(self._prefill(step.states, part, mixed[own], log_decay, torch.sigmoid(b[own].float())))
+        return outputs
+
+    def _run(
+        self, states: KernelStates, rows: StateRows, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[DeltaInputs, BlockOutcome]:
+        """The rows' tokens from their slots' states, which stay as they are."""
         layer = self.state_layer
         convolved = short_conv_verify(mixed, self.conv, states.conv[layer], rows.slots, rows.starts)
         inputs = delta_inputs(
             *(convolved, a, b, self.negative_rate, self.dt_bias), key_heads=self.key_heads, key_dim=self.key_dim
         )
-        done = gated_delta_verify(*inputs, states.memory[layer], rows.slots, rows.starts)
-        states.keep_tokens(layer, mixed, inputs.key, done.decay, done.corrected)
-        return done.output
+        return inputs, gated_delta_verify(*inputs, states.memory[layer], rows.slots, rows.starts)

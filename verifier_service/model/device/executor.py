@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from verifier_service.model.device.buckets import Bucket, Buckets, buckets
+from verifier_service.model.device.forms import FAST, KernelForms
 from verifier_service.model.device.forward import Hidden, KernelForward, Work
 from verifier_service.model.device.graphs import StepGraphs
 from verifier_service.model.device.inputs import InputWriter, StepInputs
@@ -33,7 +34,7 @@ SPARE_WORDS = 4096  # of a graph's inputs, for what changes every step; a step t
 
 
 class KernelExecutor:
-    """Implements executor.Executor over a model of KernelLayers. first: whether this is rank 0.
+    """Implements executor.Executor over a model of KernelLayers, made for `forms`. first: whether this is rank 0.
 
     What a step returns is its own: later steps leave it alone.
     """
@@ -50,6 +51,7 @@ class KernelExecutor:
         max_context: int,
         checkpoint_bytes: int,
         path: KernelPath,
+        forms: KernelForms = FAST,
     ):
         self._head, self._first, self._vocabulary = model.head, first, vocabulary
         self._device = torch.device(storage.device)
@@ -57,7 +59,7 @@ class KernelExecutor:
         caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
         self.cache_bytes = held_by([*caches.values(), *latents.values()])
         most = path.rows(num_slots)
-        self._states = _states(model, storage, num_slots, checkpoint_bytes, most)
+        self._states = _states(model, storage, num_slots, checkpoint_bytes, most, forms.stepwise)
         self.checkpoints = None if self._states is None else self._states.checkpoints
         max_blocks = -(-max_context // storage.block_tokens)
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
@@ -70,11 +72,12 @@ class KernelExecutor:
             self._tables,
             whole_rotary(model.rotary, max_context, storage.dtype, self._device),
             storage.block_tokens,
+            forms,
         )
         self.counters = Counter(graph_rows=0, graph_padding_rows=0, eager_steps=0, graph_failures=0)
 
         # Static: CUDA graphs know these by their addresses.
-        found = buckets(num_slots, path.longest_row, most, max_context) if path.graphs else []
+        found = buckets(num_slots, path.longest_row, most, max_context, forms.section) if path.graphs else []
         self._buckets = Buckets(found)
         words = max((FixedLayout(bucket.requests, bucket.rows).words for bucket in found), default=0)
         self._inputs = torch.zeros(words + SPARE_WORDS, dtype=torch.int32, device=self._device)
@@ -163,7 +166,7 @@ def _prefill_parts(plan: StepPlan) -> tuple[PrefillPart, ...]:
 
 
 def _states(
-    model: RankModel, storage: KvStorage, slots: int, checkpoint_bytes: int, max_verify: int
+    model: RankModel, storage: KvStorage, slots: int, checkpoint_bytes: int, max_verify: int, stepwise: bool
 ) -> KernelStates | None:
     if not model.recurrent:
         return None
@@ -174,5 +177,6 @@ def _states(
         key_heads=model.recurrent[0].key_heads,
         checkpoint_bytes=checkpoint_bytes,
         max_checkpoints=storage.blocks,
+        stepwise=stepwise,
         **state_shape(model, storage),
     )

@@ -10,12 +10,14 @@ import torch
 
 from kernels.paged_batch import PagedBatch
 from kernels.step_inputs.kernel import step_inputs
-from verifier_service.model.device.buckets import section_for
+from verifier_service.model.device.attended import attended
+from verifier_service.model.device.buckets import SECTIONED_ROWS
+from verifier_service.model.device.forms import KernelForms
 from verifier_service.model.device.layer import KernelLayer
 from verifier_service.model.device.layout import FixedInputs
 from verifier_service.model.device.norm import KernelNorm
-from verifier_service.model.device.states import KernelStates
-from verifier_service.model.device.step import CacheTensors, DeviceStep, LatentTensors, VerifyRows
+from verifier_service.model.device.states import KernelStates, StateRows
+from verifier_service.model.device.step import CacheTensors, DeviceStep, LatentTensors
 from verifier_service.model.loading import RankModel
 from verifier_service.model.step import PrefillPart
 
@@ -54,13 +56,14 @@ class KernelForward:
         tables: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         block_tokens: int,
+        forms: KernelForms,
     ):
         self._embedding = model.embedding
         self._layers = cast(tuple[KernelLayer, ...], model.layers)
         self._norm = cast(KernelNorm, model.norm)
         self._caches, self._latents, self._states, self._tables = caches, latents, states, tables
         self._cos, self._sin = rotary
-        self._block_tokens = block_tokens
+        self._block_tokens, self._forms = block_tokens, forms
 
     def run(self, inputs: FixedInputs[torch.Tensor], taken: torch.Tensor, work: Work, taps: Sequence[int]) -> Hidden:
         """taken: int64, the tokens that the step before took, for those of this step that the host does not know."""
@@ -70,21 +73,23 @@ class KernelForward:
             block_tokens=self._block_tokens,
         )
         tables = self._tables.index_select(0, inputs.slots)
-        verified = work.prefill[0].first if work.prefill else len(places.token_ids)
+        rows = len(places.token_ids)
+        batch = PagedBatch(tables, starts, places.context_lengths, work.longest)
+        verified = work.prefill[0].first if work.prefill else rows
         step = DeviceStep(
             cos=self._cos.index_select(0, places.positions),
             sin=self._sin.index_select(0, places.positions),
             cache_rows=places.cache_rows,
             live=places.cache_rows >= 0 if work.padded else None,
-            batch=PagedBatch(tables, starts, places.context_lengths, work.longest),
-            section=section_for(len(places.token_ids)),
+            attended=attended(batch, rows, self._forms.section(rows), SECTIONED_ROWS),
             caches=self._caches,
             latents=self._latents,
             states=self._states,
-            verify=VerifyRows(verified, inputs.slots[: work.verify], starts[: work.verify + 1])
-            if work.verify
-            else None,
+            verify=StateRows(verified, inputs.slots[: work.verify], starts[: work.verify + 1]) if work.verify else None,
             prefill=work.prefill,
+            prefill_rows=StateRows(rows - verified, inputs.slots[work.verify :], starts[work.verify :] - verified)
+            if work.prefill
+            else None,
         )
         output, residual = self._embedding.index_select(0, places.token_ids), None
         tapped: dict[int, torch.Tensor] = {}  # the sum of what a layer returns is made by the norm after it
@@ -94,11 +99,11 @@ class KernelForward:
             output, residual = layer(normed, residual, step)
         assert residual is not None, "a model has layers"
         last = len(self._layers) - 1
-        rows = work.logit_rows
-        if rows is not None and last not in taps:
-            output, residual, rows = output.index_select(0, rows), residual.index_select(0, rows), None
+        wanted = work.logit_rows
+        if wanted is not None and last not in taps:
+            output, residual, wanted = output.index_select(0, wanted), residual.index_select(0, wanted), None
         normed, tapped[last] = self._norm(output, residual) if len(output) else (output, residual)
         return Hidden(
-            normed if rows is None else normed.index_select(0, rows),
+            normed if wanted is None else normed.index_select(0, wanted),
             torch.cat([tapped[layer] for layer in taps], dim=-1) if taps else None,
         )

@@ -11,6 +11,7 @@ import torch
 
 from kernels.latent_append.kernel import append_latents
 from kernels.latent_attention.kernel import latent_attention
+from modeling.kernel_heads import TritonHeadProducts
 from verifier_service.model.device.norm import KernelNorm
 from verifier_service.model.device.step import DeviceStep
 from verifier_service.model.latent_attention import LatentAttention
@@ -24,18 +25,43 @@ class KernelLatentAttention(LatentAttention):
         shape, cache, norm = self.shape, step.latents[self.layer], cast(KernelNorm, self.norm)
         content, rotary = self.query(x).view(len(x), shape.heads, -1).split([shape.content, shape.rotary], dim=-1)
         query = x.new_empty(len(x), shape.heads, shape.cached)
-        torch.bmm(content.transpose(0, 1), self.key_up, out=query[..., : shape.latent].transpose(0, 1))
+        self._into_latents(content, query[..., : shape.latent])
         append_latents(
             *(self.compress(x), norm.weight, norm.eps, rotary, step.cos, step.sin, step.cache_rows),
             *(cache.latents, cache.rotary, cache.scales),
             interleaved=self.interleaved,
             output=query[..., shape.latent :],
         )
-        seen = latent_attention(
-            *(query, cache.latents, cache.rotary, step.batch),
-            scaling=self.scaling,
-            scales=cache.scales,
-            split_tokens=step.section,
+        seen = step.attended.over(
+            query,
+            lambda own, batch: latent_attention(
+                *(own, cache.latents, cache.rotary, batch),
+                scaling=self.scaling,
+                scales=cache.scales,
+                split_tokens=step.attended.section,
+            ),
         )
-        output = torch.bmm(seen.transpose(0, 1), self.value_up)  # [heads, tokens, value]
-        return self.output(output.transpose(0, 1).reshape(len(x), -1))
+        return self.output(self._from_latents(seen).reshape(len(x), -1))
+
+    def _into_latents(self, content: torch.Tensor, out: torch.Tensor) -> None:
+        """content [tokens, heads, content] -> out [tokens, heads, latent]."""
+        torch.bmm(content.transpose(0, 1), self.key_up, out=out.transpose(0, 1))
+
+    def _from_latents(self, seen: torch.Tensor) -> torch.Tensor:
+        """[tokens, heads, latent] -> [tokens, heads, value]."""
+        return torch.bmm(seen.transpose(0, 1), self.value_up).transpose(0, 1)
+
+
+class TiledKernelLatentAttention(KernelLatentAttention):
+    """As KernelLatentAttention, its maps by kernels that know nothing of the batch."""
+
+    def __init__(self, *modules: Any, **shape: Any):
+        super().__init__(*modules, **shape)
+        self.into, self.back = (TritonHeadProducts(up.mT.contiguous()) for up in (self.key_up, self.value_up))
+        del self.key_up, self.value_up
+
+    def _into_latents(self, content: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(self.into(content))
+
+    def _from_latents(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.back(seen)

@@ -12,8 +12,7 @@ from modeling.parallel import RowParallelLinear
 from modeling.quantized.packed import stacked_rows
 from verifier_service.model import touchpoints
 from verifier_service.model.device.attention import AttentionShape, KernelAttention
-from verifier_service.model.device.delta_net import KernelGatedDeltaNet
-from verifier_service.model.device.latent_attention import KernelLatentAttention
+from verifier_service.model.device.forms import FAST, KernelForms
 from verifier_service.model.device.layer import GatedMlp, KernelLayer
 from verifier_service.model.device.norm import KernelNorm, LoneKernelNorm
 from verifier_service.model.loading import (
@@ -27,7 +26,7 @@ from verifier_service.model.loading import (
 from verifier_service.model.moe_loading import load_moe
 
 
-def kernel_layer(layer: Any, index: int, state_layer: int, parts: Parts) -> MadeLayer:
+def kernel_layer(layer: Any, index: int, state_layer: int, parts: Parts, forms: KernelForms = FAST) -> MadeLayer:
     """A loading.MakeLayer. Raises CheckpointError for a layer that no kernel computes."""
     prefix = f"layers.{index}."
     norms = [
@@ -36,10 +35,10 @@ def kernel_layer(layer: Any, index: int, state_layer: int, parts: Parts) -> Made
     ]
     mlp = _mlp(layer.mlp, f"{prefix}mlp.", parts)
     if not touchpoints.is_attention_layer(layer):
-        mixer = KernelGatedDeltaNet(**delta_net_arguments(layer.linear_attn, index, state_layer, parts))
+        mixer = forms.delta_net(**delta_net_arguments(layer.linear_attn, index, state_layer, parts))
         return MadeLayer(KernelLayer(norms[0], mixer, norms[1], mlp), recurrent=mixer)
     if touchpoints.is_latent_attention(layer.self_attn):
-        latent = load_latent_attention(layer.self_attn, index, parts, KernelLatentAttention, _lone_norm)
+        latent = load_latent_attention(layer.self_attn, index, parts, forms.latent_attention, _lone_norm)
         cached = latent.shape.latent, latent.shape.rotary
         return MadeLayer(KernelLayer(norms[0], latent, norms[1], mlp), cached, latent=True)
     attention = _attention(layer.self_attn, index, parts)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kernels.gated_delta.kernel import gated_delta_commit
+from kernels.delta_inputs.reference import DeltaInputs
+from kernels.gated_delta.kernel import gated_delta_commit, gated_delta_replay
+from kernels.gated_delta.reference import BlockOutcome
 from kernels.short_conv.kernel import short_conv_commit
 from verifier_service.model.device.layout import ChangingInputs
 from verifier_service.model.recurrent_state import RecurrentStates
+
+
+@dataclass(frozen=True)
+class StateRows:
+    """`tokens` consecutive tokens of a step, padding included. slots int32 [rows], starts int32 [rows + 1], from the
+    first of them.
+    """
+
+    tokens: int
+    slots: torch.Tensor
+    starts: torch.Tensor
 
 
 class KernelStates(RecurrentStates):
@@ -17,11 +31,13 @@ class KernelStates(RecurrentStates):
 
     kept_mixed [layers, tokens, channels]: convolution inputs; kept_keys [layers, tokens, key_heads, key_dim] float32;
     kept_decay [layers, tokens, heads], kept_corrected [layers, tokens, heads, value_dim]: of the delta rule's verify.
-    The room is fixed, so that CUDA graphs may write to it.
+    The room is fixed, so that CUDA graphs may write to it. stepwise: commits go token by token, to bits that do not
+    depend on how tokens were cut into blocks.
     """
 
-    def __init__(self, layers: int, slots: int, *, tokens: int, key_heads: int, **shape: Any):
+    def __init__(self, layers: int, slots: int, *, tokens: int, key_heads: int, stepwise: bool = False, **shape: Any):
         super().__init__(layers, slots, **shape)
+        self._stepwise, self._delta_commit = stepwise, gated_delta_replay if stepwise else gated_delta_commit
         heads, key_dim, value_dim = self.memory.shape[2:]
         self.tokens = tokens
         self.kept_mixed = self.conv.new_zeros(layers, tokens, self.conv.shape[3])
@@ -29,15 +45,22 @@ class KernelStates(RecurrentStates):
         self.kept_decay = self.memory.new_zeros(layers, tokens, heads)
         self.kept_corrected = self.memory.new_zeros(layers, tokens, heads, value_dim)
 
-    def keep_tokens(
-        self, layer: int, mixed: torch.Tensor, keys: torch.Tensor, decay: torch.Tensor, corrected: torch.Tensor
-    ) -> None:
+    def keep_tokens(self, layer: int, mixed: torch.Tensor, inputs: DeltaInputs, done: BlockOutcome) -> None:
         """Of one layer's verify, until the next commit."""
         count = len(mixed)
         self.kept_mixed[layer, :count].copy_(mixed)
-        self.kept_keys[layer, :count].copy_(keys)
-        self.kept_decay[layer, :count].copy_(decay)
-        self.kept_corrected[layer, :count].copy_(corrected)
+        self.kept_keys[layer, :count].copy_(inputs.key)
+        self.kept_decay[layer, :count].copy_(inputs.log_decay if self._stepwise else done.decay)
+        self.kept_corrected[layer, :count].copy_(done.corrected)
+
+    def advance_at_once(
+        self, layer: int, mixed: torch.Tensor, inputs: DeltaInputs, done: BlockOutcome, rows: StateRows
+    ) -> None:
+        """All tokens of one layer's rows are kept, for they are certain. Only of states that are stepwise."""
+        assert self._stepwise, "what is kept differs"
+        first, count = rows.starts[:-1], rows.starts.diff()
+        short_conv_commit(mixed, self.conv[layer], rows.slots, first, count)
+        gated_delta_replay(inputs.key, inputs.log_decay, done.corrected, self.memory[layer], rows.slots, first, count)
 
     def settle(self, inputs: ChangingInputs[torch.Tensor]) -> None:
         """Advance the states by what stands of the last verify, and save those that become checkpoints.
@@ -63,7 +86,7 @@ class KernelStates(RecurrentStates):
         slots, first = (slots + layer * conv.shape[1]).flatten(), (first + layer * self.tokens).flatten()
         kept = kept.repeat(conv.shape[0])
         short_conv_commit(self.kept_mixed.flatten(0, 1), conv.flatten(0, 1), slots, first, kept)
-        gated_delta_commit(
+        self._delta_commit(
             *(self.kept_keys.flatten(0, 1), self.kept_decay.flatten(0, 1), self.kept_corrected.flatten(0, 1)),
             *(memory.flatten(0, 1), slots, first, kept),
         )

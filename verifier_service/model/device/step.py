@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.paged_batch import PagedBatch
-from verifier_service.model.device.states import KernelStates
+from verifier_service.model.device.attended import Attended
+from verifier_service.model.device.states import KernelStates, StateRows
 from verifier_service.model.kv_cache import KeyValueCache, LatentCache, LatentsCache, LayerCache
 from verifier_service.model.kv_storage import CastVectors, ScaledVectors, StoredLatentCache, StoredLayerCache, Vectors
 from verifier_service.model.step import PrefillPart
@@ -37,31 +37,22 @@ class LatentTensors:
 
 
 @dataclass(frozen=True)
-class VerifyRows:
-    """The step's first `tokens` tokens, padding included. slots int32 [rows], starts int32 [rows + 1]."""
-
-    tokens: int
-    slots: torch.Tensor
-    starts: torch.Tensor
-
-
-@dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; section: how attention cuts contexts; caches and latents by layer.
+    no padding; caches and latents by layer; prefill_rows: the tokens of all of `prefill`, None without.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     cache_rows: torch.Tensor
     live: torch.Tensor | None
-    batch: PagedBatch
-    section: int | None
+    attended: Attended
     caches: dict[int, CacheTensors]
     latents: dict[int, LatentTensors]
     states: KernelStates | None
-    verify: VerifyRows | None
+    verify: StateRows | None
     prefill: tuple[PrefillPart, ...]
+    prefill_rows: StateRows | None
 
 
 def cache_tensors(cache: KeyValueCache) -> CacheTensors:

@@ -1,0 +1,28 @@
+"""How tokens meet over kernels: two sets, of the same meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from verifier_service.model.device.buckets import any_section, section_for
+from verifier_service.model.device.delta_net import KernelGatedDeltaNet
+from verifier_service.model.device.latent_attention import KernelLatentAttention, TiledKernelLatentAttention
+from verifier_service.model.device.stepwise_delta_net import StepwiseKernelDeltaNet
+
+
+@dataclass(frozen=True)
+class KernelForms:
+    """section: how attention cuts the contexts of a step with so many rows. stepwise: whether recurrent states commit
+    token by token.
+    """
+
+    delta_net: type[KernelGatedDeltaNet]
+    latent_attention: type[KernelLatentAttention]
+    section: Callable[[int], int | None]
+    stepwise: bool
+
+
+FAST = KernelForms(KernelGatedDeltaNet, KernelLatentAttention, section_for, stepwise=False)
+# A row's result does not depend on what else is in the step; with DeterministicTritonOperations.
+DETERMINISTIC = KernelForms(StepwiseKernelDeltaNet, TiledKernelLatentAttention, any_section, stepwise=True)
