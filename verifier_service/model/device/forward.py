@@ -17,7 +17,7 @@ from verifier_service.model.device.layer import KernelLayer
 from verifier_service.model.device.layout import FixedInputs
 from verifier_service.model.device.norm import KernelNorm
 from verifier_service.model.device.states import KernelStates, StateRows
-from verifier_service.model.device.step import CacheTensors, DeviceStep, LatentTensors
+from verifier_service.model.device.step import CacheTensors, DeviceStep, LatentTensors, prefill_runs
 from verifier_service.model.loading import RankModel
 from verifier_service.model.step import PrefillPart
 
@@ -87,9 +87,7 @@ class KernelForward:
             states=self._states,
             verify=StateRows(verified, inputs.slots[: work.verify], starts[: work.verify + 1]) if work.verify else None,
             prefill=work.prefill,
-            prefill_rows=StateRows(rows - verified, inputs.slots[work.verify :], starts[work.verify :] - verified)
-            if work.prefill
-            else None,
+            prefill_runs=prefill_runs(work.prefill, work.verify, inputs.slots, starts) if work.prefill else (),
         )
         output, residual = self._embedding.index_select(0, places.token_ids), None
         tapped: dict[int, torch.Tensor] = {}  # the sum of what a layer returns is made by the norm after it

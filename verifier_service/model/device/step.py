@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -37,9 +38,17 @@ class LatentTensors:
 
 
 @dataclass(frozen=True)
+class PrefillRun:
+    """Neighbouring chunks of different slots, and their tokens."""
+
+    parts: tuple[PrefillPart, ...]
+    rows: StateRows
+
+
+@dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; caches and latents by layer; prefill_rows: the tokens of all of `prefill`, None without.
+    no padding; caches and latents by layer; prefill_runs: all of `prefill`, in order.
     """
 
     cos: torch.Tensor
@@ -52,7 +61,27 @@ class DeviceStep:
     states: KernelStates | None
     verify: StateRows | None
     prefill: tuple[PrefillPart, ...]
-    prefill_rows: StateRows | None
+    prefill_runs: tuple[PrefillRun, ...]
+
+
+def prefill_runs(
+    prefill: tuple[PrefillPart, ...], verify: int, slots: torch.Tensor, starts: torch.Tensor
+) -> tuple[PrefillRun, ...]:
+    """slots [requests], starts [requests + 1]: of a step that begins with `verify` requests of other kind."""
+    bounds = [0]
+    seen: set[int] = set()
+    for index, part in enumerate(prefill):
+        if part.slot in seen:  # goes on where its state is after the chunk before
+            bounds.append(index)
+            seen.clear()
+        seen.add(part.slot)
+    runs = []
+    for begin, end in pairwise([*bounds, len(prefill)]):
+        parts, own = prefill[begin:end], slice(verify + begin, verify + end)
+        first = parts[0].first
+        rows = StateRows(parts[-1].stop - first, slots[own], starts[own.start : own.stop + 1] - first)
+        runs.append(PrefillRun(parts, rows))
+    return tuple(runs)
 
 
 def cache_tensors(cache: KeyValueCache) -> CacheTensors:
