@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from verifier_service.model.step import Step
+from verifier_service.model.step import Segment, Step
 
 PACKED_ROWS = 64  # up to so many (query row, group head) pairs share one pass over a KV head
 ENTRIES = 1 << 24  # scores that may be in memory at once where they are written out
@@ -37,14 +37,31 @@ def paged_attention(
     outputs = []
     for work in step.works if sliding_window is None else step.windowed[sliding_window]:
         keys, values = cache.read(work[-1].blocks)  # what the last piece sees, those before it see a part of
+        if len(work) == 1:
+            outputs.append(_piece(query, keys, values, work[0], scaling, s_aux))
+            continue
+        # Into one tensor at once: pieces left where they came keep the next, larger mask from using the memory of the
+        # last, and a step over 70,000 tokens took a gigabyte more.
+        base = work[0].first
+        output = query.new_empty(work[-1].stop - base, query.shape[1], query.shape[3])
         for segment in work:
-            rows = query[0, :, segment.first : segment.stop]
-            seen = slice(segment.skip, segment.context)
-            if s_aux is None:
-                outputs.append(_attend(rows, keys[seen], values[seen], segment.bias, scaling))
-            else:
-                outputs.append(_attend_with_sinks(rows, keys[seen], values[seen], segment.bias, scaling, s_aux))
+            output[segment.first - base : segment.stop - base] = _piece(query, keys, values, segment, scaling, s_aux)
+        outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _piece(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    segment: Segment,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, seen = query[0, :, segment.first : segment.stop], slice(segment.skip, segment.context)
+    if sinks is None:
+        return _attend(rows, keys[seen], values[seen], segment.bias, scaling)
+    return _attend_with_sinks(rows, keys[seen], values[seen], segment.bias, scaling, sinks)
 
 
 def _attend(
