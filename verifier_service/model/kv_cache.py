@@ -16,10 +16,7 @@ class KeyValueCache(Protocol):
         """Store keys, values [tokens, kv_heads, head_dim] at `rows` [tokens] (block x block_tokens + offset)."""
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim].
-
-        Valid until the next read of any layer.
-        """
+        """The tokens of `blocks` [n], in order: keys and values [n x block_tokens, kv_heads, head_dim]."""
 
     @property
     def nbytes(self) -> int: ...
@@ -35,45 +32,26 @@ class LatentsCache(Protocol):
         """Store latents [tokens, width] at `rows` [tokens] (block x block_tokens + offset)."""
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The tokens of `blocks` [n], in order: [n x block_tokens, width]. Valid until the next read of any layer."""
+        """The tokens of `blocks` [n], in order: [n x block_tokens, width]."""
 
     @property
     def nbytes(self) -> int: ...
 
 
-class Scratch:
-    """Memory that the layers read into one after the other.
-
-    New memory for each read of a context that grows by every chunk leaves gaps which no later read fits into: at
-    100,000 tokens the heap had grown to ten times what was in use.
-    """
-
-    def __init__(self) -> None:
-        self._held = torch.empty(0)
-
-    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """cache [blocks, block_tokens, ...] -> [n x block_tokens, ...]."""
-        size = len(blocks) * cache[0].numel()
-        if self._held.numel() < size or self._held.dtype != cache.dtype or self._held.device != cache.device:
-            self._held = cache.new_empty(max(size, 2 * self._held.numel()))
-        out = self._held[:size].view(len(blocks), *cache.shape[1:])
-        return torch.index_select(cache, 0, blocks, out=out).view(-1, *cache.shape[2:])
-
-
 @dataclass(frozen=True)
 class LayerCache:
-    """A KeyValueCache in the compute dtype: [blocks, block_tokens, kv_heads, head_dim]. scratch: for keys, values."""
+    """A KeyValueCache in the compute dtype: [blocks, block_tokens, kv_heads, head_dim]."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    scratch: tuple[Scratch, Scratch]
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, rows, keys)
         self.values.view(-1, *self.values.shape[2:]).index_copy_(0, rows, values)
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.scratch[0].read(self.keys, blocks), self.scratch[1].read(self.values, blocks)
+        keys, values = self.keys.index_select(0, blocks), self.values.index_select(0, blocks)
+        return keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
 
     @property
     def nbytes(self) -> int:
@@ -85,13 +63,12 @@ class LatentCache:
     """A LatentsCache in the compute dtype: [blocks, block_tokens, width]."""
 
     latents: torch.Tensor
-    scratch: Scratch
 
     def write(self, rows: torch.Tensor, latents: torch.Tensor) -> None:
         self.latents.view(-1, self.latents.shape[2]).index_copy_(0, rows, latents)
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        return self.scratch.read(self.latents, blocks)
+        return self.latents.index_select(0, blocks).view(-1, self.latents.shape[2])
 
     @property
     def nbytes(self) -> int:

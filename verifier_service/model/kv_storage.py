@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from modeling.kv_dtype import KvDtype, rotary_dtype
-from verifier_service.model.kv_cache import KeyValueCache, LatentCache, LatentsCache, LayerCache, Scratch
+from verifier_service.model.kv_cache import KeyValueCache, LatentCache, LatentsCache, LayerCache
 
 LARGEST = 448.0  # of float8_e4m3fn
 EXPONENT = 0x7F800000  # the bits of a float32 that say which power of two it lies above
@@ -132,18 +132,14 @@ class KvStorage:
     def layers(self, shapes: Mapping[int, tuple[int, int]]) -> dict[int, KeyValueCache]:
         """shapes: (kv_heads, head_dim) by layer."""
         if self._as_computed:
-            scratch = (Scratch(), Scratch())
-            return {
-                layer: LayerCache(self._zeros(*shape), self._zeros(*shape), scratch) for layer, shape in shapes.items()
-            }
+            return {layer: LayerCache(self._zeros(*shape), self._zeros(*shape)) for layer, shape in shapes.items()}
         make = self._vectors(self.kv_dtype)
         return {layer: StoredLayerCache(make(*shape), make(*shape)) for layer, shape in shapes.items()}
 
     def latents(self, shapes: Mapping[int, tuple[int, int]]) -> dict[int, LatentsCache]:
         """shapes: (latent, rotary key) by layer."""
         if self._as_computed:
-            scratch = Scratch()
-            return {layer: LatentCache(self._zeros(sum(shape)), scratch) for layer, shape in shapes.items()}
+            return {layer: LatentCache(self._zeros(latent + rotary)) for layer, (latent, rotary) in shapes.items()}
         make, make_rotary = self._vectors(self.kv_dtype), self._vectors(rotary_dtype(self.kv_dtype))
         return {
             layer: StoredLatentCache(make(latent), make_rotary(rotary), latent)
