@@ -78,9 +78,8 @@ def prefill_runs(
     runs = []
     for begin, end in pairwise([*bounds, len(prefill)]):
         parts, own = prefill[begin:end], slice(verify + begin, verify + end)
-        first = parts[
-            0
-        ].first  # of tensors of their own: a view's address may be one that other kernels are compiled for
+        first = parts[0].first
+        # In memory of their own, for kernels are compiled for aligned addresses.
         rows = StateRows(parts[-1].stop - first, slots[own].clone(), starts[own.start : own.stop + 1] - first)
         runs.append(PrefillRun(parts, rows))
     return tuple(runs)
