@@ -10,8 +10,8 @@ from verifier_service.sequence import Progress
 
 def gap_share(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     """Between two accounts of an engine: the share of its steps' time in which the device had nothing to do."""
-    seconds = after["step_seconds"] - before["step_seconds"]
-    return (after["gap_seconds"] - before["gap_seconds"]) / seconds if seconds > 0 else 0.0
+    seconds, gap = (after.get(name, 0.0) - before.get(name, 0.0) for name in ("step_seconds", "gap_seconds"))
+    return gap / seconds if seconds > 0 else 0.0
 
 
 class Tally:
