@@ -14,7 +14,17 @@ from tests.gpu.cases import Machine, cases
 from tests.gpu.measure_kernels import NO_DEVICE, Measured, row, worst_error
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"_attend", "_add_sections", "_sections", "_join", "_verify", "_commit", "_rotate_and_append", "_norm"}
+KERNELS = {
+    "_attend",
+    "_add_sections",
+    "_sections",
+    "_join",
+    "_verify",
+    "_commit",
+    "_replay",
+    "_rotate_and_append",
+    "_norm",
+}
 KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_commit_conv"}
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
