@@ -83,6 +83,7 @@ class RaggedGatedDeltaNet(nn.Module):
         self.kernel = self.conv.shape[1]
         self.negative_rate = _frozen(-weights.A_log.float().exp())
         self.dt_bias = _frozen(weights.dt_bias.float())
+        self.silu: Callable[[torch.Tensor], torch.Tensor] = F.silu
         self.norm = _frozen(weights.norm)
         self.out_proj, self.total = operations.partial_linear(weights.out_proj), operations.total
 
@@ -91,20 +92,33 @@ class RaggedGatedDeltaNet(nn.Module):
         assert step.states is not None, "a hybrid model needs recurrent states"
         width = self.heads * self.value_dim
         mixed, gate, b, a = self.in_proj(hidden_states[0]).split([self.channels, width, self.heads, self.heads], dim=-1)
-        beta = torch.sigmoid(b.float())
-        log_decay = F.softplus(a.float() + self.dt_bias).mul_(self.negative_rate)
+        decay, beta = self._gates(a.float(), b.float())
         outputs = []
         if step.verify is not None:
-            count = step.verify.tokens
-            run = self._verify_one if step.verify.longest == 1 else self._verify_block
-            outputs.append(run(step.states, step.verify, mixed[:count], log_decay[:count], beta[:count]))
+            own = slice(0, step.verify.tokens)
+            outputs.append(self._verify(step.states, step.verify, mixed[own], decay[own], beta[own]))
         for part in step.prefill:
             own = slice(part.first, part.stop)
-            outputs.append(self._prefill(step.states, part, mixed[own], log_decay[own], beta[own]))
+            outputs.append(self._prefill(step.states, part, mixed[own], decay[own], beta[own]))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
         output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
-        output = output.reshape(-1, width) * F.silu(gate.float()).to(mixed.dtype)
+        output = output.reshape(-1, width) * self.silu(gate.float()).to(mixed.dtype)
         return self.total(self.out_proj(output), self.ranks)[None]
+
+    def _gates(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a, b [tokens, heads] -> the decay's logarithm and beta, both as `_verify` and `_prefill` want them."""
+        return F.softplus(a + self.dt_bias).mul_(self.negative_rate), torch.sigmoid(b)
+
+    def _verify(
+        self,
+        states: RecurrentStates,
+        verify: VerifyWindow,
+        mixed: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+    ) -> torch.Tensor:
+        run = self._verify_one if verify.longest == 1 else self._verify_block
+        return run(states, verify, mixed, decay, beta)
 
     def _verify_one(
         self,
@@ -115,7 +129,7 @@ class RaggedGatedDeltaNet(nn.Module):
         beta: torch.Tensor,
     ) -> torch.Tensor:
         conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
-        window = torch.cat([conv.index_select(0, verify.slots), mixed[:, None]], dim=1)  # [rows, kernel, channels]
+        window = self._verify_window(conv, verify, mixed)  # [rows, kernel, channels]
         conv.index_copy_(0, verify.slots, window[:, 1:])
         query, key, value = self._heads(F.silu((window * self.conv_rows).sum(1)))
         output, new = one_token(
@@ -140,8 +154,7 @@ class RaggedGatedDeltaNet(nn.Module):
         if verify.gather is not None:
             mixed, log_decay, beta = (x.index_select(0, verify.gather) for x in (mixed, log_decay, beta))
         rows, longest = verify.rows, verify.longest
-        conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
-        window = torch.cat([conv.index_select(0, verify.slots), mixed.reshape(rows, longest, self.channels)], dim=1)
+        window = self._verify_window(states.conv[self.state_layer], verify, mixed)
         convolved = (window.unfold(1, self.kernel, 1) * self.conv).sum(-1)  # [rows, longest, channels]
         query, key, value = self._heads(F.silu(convolved))
         key = key.transpose(1, 2)
@@ -151,7 +164,7 @@ class RaggedGatedDeltaNet(nn.Module):
             value.transpose(1, 2),
             log_decay.reshape(rows, longest, self.heads).transpose(1, 2),
             beta.reshape(rows, longest, self.heads).transpose(1, 2),
-            memory.index_select(0, verify.slots),
+            states.memory[self.state_layer].index_select(0, verify.slots),
         )
         states.keep(self.state_layer, Verified(window, key, decay, corrected))
         output = output.transpose(1, 2).reshape(rows * longest, self.heads, self.value_dim)
@@ -165,13 +178,7 @@ class RaggedGatedDeltaNet(nn.Module):
         log_decay: torch.Tensor,
         beta: torch.Tensor,
     ) -> torch.Tensor:
-        conv = states.conv[self.state_layer, part.slot]
-        memory = states.memory[self.state_layer, part.slot]
-        if part.fresh:
-            conv.zero_()
-            memory.zero_()
-        window = torch.cat([conv, mixed])  # [kernel - 1 + tokens, channels]
-        conv.copy_(window[1 - self.kernel :])
+        window, memory = self._prefill_window(states, part, mixed)
         count = mixed.shape[0]
         convolved = window[:count] * self.conv_rows[0]
         for tap in range(1, self.kernel):
@@ -191,6 +198,24 @@ class RaggedGatedDeltaNet(nn.Module):
         if part.checkpoint >= 0:
             states.save(self.state_layer, part.slot, part.checkpoint)
         return output[0].float()
+
+    def _verify_window(self, conv: torch.Tensor, verify: VerifyWindow, mixed: torch.Tensor) -> torch.Tensor:
+        """What the convolution reads of a verify, padded: [rows, kernel - 1 + longest, channels]."""
+        own = mixed.reshape(verify.rows, verify.longest, self.channels)
+        return torch.cat([conv.index_select(0, verify.slots), own], dim=1)
+
+    def _prefill_window(
+        self, states: RecurrentStates, part: PrefillPart, mixed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the convolution reads of a chunk [kernel - 1 + tokens, channels], and the memory it goes on from, to be
+        overwritten; the convolution's own state is moved on."""
+        conv, memory = states.conv[self.state_layer, part.slot], states.memory[self.state_layer, part.slot]
+        if part.fresh:
+            conv.zero_()
+            memory.zero_()
+        window = torch.cat([conv, mixed])
+        conv.copy_(window[1 - self.kernel :])
+        return window, memory
 
     def _split(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., channels] -> query, key [..., key_heads, key_dim], value [..., heads, value_dim]."""

@@ -14,7 +14,7 @@ from modeling.operations import Operations
 from verifier_service.model.delta_rule import token_by_token
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet
 from verifier_service.model.recurrent_state import RecurrentStates, Verified
-from verifier_service.model.step import PrefillPart, Step, VerifyWindow
+from verifier_service.model.step import PrefillPart, VerifyWindow
 
 
 class StepwiseGatedDeltaNet(RaggedGatedDeltaNet):
@@ -25,24 +25,10 @@ class StepwiseGatedDeltaNet(RaggedGatedDeltaNet):
         self.sigmoid, self.silu = operations.elementwise(torch.sigmoid), operations.elementwise(F.silu)
         self.softplus, self.exp = operations.elementwise(F.softplus), operations.elementwise(torch.exp)
 
-    def forward(self, hidden_states: torch.Tensor, *, step: Step, **_: Any) -> torch.Tensor:
-        """[1, tokens, hidden] -> the same, summed over ranks."""
-        assert step.states is not None, "a hybrid model needs recurrent states"
-        width = self.heads * self.value_dim
-        mixed, gate, b, a = self.in_proj(hidden_states[0]).split([self.channels, width, self.heads, self.heads], dim=-1)
-        beta = self.sigmoid(b.float())
-        decay = self.exp(self.softplus(a.float() + self.dt_bias).mul_(self.negative_rate))
-        outputs = []
-        if step.verify is not None:
-            own = slice(0, step.verify.tokens)
-            outputs.append(self._verify(step.states, step.verify, mixed[own], decay[own], beta[own]))
-        for part in step.prefill:
-            own = slice(part.first, part.stop)
-            outputs.append(self._prefill(step.states, part, mixed[own], decay[own], beta[own]))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
-        output = F.rms_norm(output.to(mixed.dtype), (self.value_dim,), self.norm, self.norm_eps)
-        output = output.reshape(-1, width) * self.silu(gate.float()).to(mixed.dtype)
-        return self.total(self.out_proj(output), self.ranks)[None]
+    def _gates(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decay itself and beta."""
+        decay = self.exp(self.softplus(a + self.dt_bias).mul_(self.negative_rate))
+        return decay, self.sigmoid(b)
 
     def _verify(
         self,
@@ -56,7 +42,7 @@ class StepwiseGatedDeltaNet(RaggedGatedDeltaNet):
             mixed, decay, beta = (x.index_select(0, verify.gather) for x in (mixed, decay, beta))
         rows, longest = verify.rows, verify.longest
         conv, memory = states.conv[self.state_layer], states.memory[self.state_layer]
-        window = torch.cat([conv.index_select(0, verify.slots), mixed.reshape(rows, longest, self.channels)], dim=1)
+        window = self._verify_window(conv, verify, mixed)
         decay, beta = decay.view(rows, longest, self.heads), beta.view(rows, longest, self.heads)
         own = memory.index_select(0, verify.slots)
         output, key, corrected = self._run(window, decay, beta, own)
@@ -76,13 +62,7 @@ class StepwiseGatedDeltaNet(RaggedGatedDeltaNet):
         decay: torch.Tensor,
         beta: torch.Tensor,
     ) -> torch.Tensor:
-        conv = states.conv[self.state_layer, part.slot]
-        memory = states.memory[self.state_layer, part.slot]
-        if part.fresh:
-            conv.zero_()
-            memory.zero_()
-        window = torch.cat([conv, mixed])
-        conv.copy_(window[1 - self.kernel :])
+        window, memory = self._prefill_window(states, part, mixed)
         output, _, _ = self._run(window[None], decay[None], beta[None], memory[None])
         if part.checkpoint >= 0:
             states.save(self.state_layer, part.slot, part.checkpoint)
