@@ -26,6 +26,7 @@ from kernels.draft_head.choice import HeadShape
 from kernels.draft_head.kernel import draft_candidates, draft_head
 from kernels.gated_activation.kernel import gated_activation
 from kernels.rms_norm.kernel import rms_norm
+from modeling.copies import to_device
 from modeling.dflash import SLIDING
 
 SPREAD_BELOW = 128  # programs: about as many as a large GPU has multiprocessors; with fewer, some would be idle
@@ -117,13 +118,7 @@ class InjectedPool(ContextPool):
 
     def _write(self, rows: np.ndarray, positions: np.ndarray, features: Sequence[Tensor]) -> None:
         model = self._model
-        places, at = _to_device(np.stack([positions, rows]), model.device)
+        places, at = to_device(torch.from_numpy(np.stack([positions, rows])), model.device)
         projected = model.project_context(self._flat(features))
         target = self.kv, self.positions
         inject_context(projected, self._key_norms, places, at, self.rotation, model.eps, *target)
-
-
-def _to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Without waiting for the device: torch keeps the pinned copy until it has been read."""
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -5,7 +5,6 @@ python -m tests.gpu.measure_draft OUT      writes OUT/draft.md and OUT/draft.jso
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from drafter_service.attention import Block
 from drafter_service.blocks import BlockDrafter, BlockDrafting
 from drafter_service.context import ContextTable
 from drafter_service.loading import LoadedDrafter
-from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not
+from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not, write_report
 from tests.gpu.random_drafter import QWEN3_8B, DrafterShape, random_drafter
 
 COMMITTED = 5  # tokens that a request commits between two drafts
@@ -168,12 +167,7 @@ def _row(step: DraftStep) -> str:
 
 
 def write(out: Path, steps: Sequence[DraftStep], rate: float) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = circumstances(rate)
-    table = [
-        "# Draft steps, measured",
-        ", ".join(f"{key} {value}" for key, value in where.items()),
-        "",
+    lines = [
         "Random weights in the shape of Qwen3-8B's drafter (5 layers, block 16, bfloat16). Medians in milliseconds of",
         "host time. Floors: weights (and contexts) read once at the copy bandwidth. Same: share of the tokens on which",
         f"kernels and torch's operations agree. Inject: {COMMITTED} tokens' context KV for each request.",
@@ -182,9 +176,8 @@ def write(out: Path, steps: Sequence[DraftStep], rate: float) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, steps),
     ]
-    (out / "draft.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    record = {**where, "steps": [asdict(step) for step in steps]}
-    (out / "draft.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"steps": [asdict(step) for step in steps]}
+    write_report(out / "draft", "Draft steps, measured", circumstances(rate), lines, record)
 
 
 if __name__ == "__main__":

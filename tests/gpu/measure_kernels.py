@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,21 +132,25 @@ def circumstances(rate: float) -> dict[str, Any]:
 
 
 def write(out: Path, results: list[Measured], rate: float) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    where = circumstances(rate)
-    table = [
-        "# Kernels, measured",
-        ", ".join(f"{key} {value}" for key, value in where.items()),
-        "",
+    lines = [
         "Medians in microseconds, L2 flushed before each run. Floor: the bytes that must move, at the copy bandwidth.",
         "",
         "| case | kernel | torch | floor | share of the floor | check |",
         "|---|---|---|---|---|---|",
         *map(row, results),
     ]
-    (out / "kernels.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    record = {**where, "results": [asdict(result) for result in results]}
-    (out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"results": [asdict(result) for result in results]}
+    write_report(out / "kernels", "Kernels, measured", circumstances(rate), lines, record)
+
+
+def write_report(
+    stem: Path, title: str, where: Mapping[str, Any], lines: Sequence[str], record: dict[str, Any]
+) -> None:
+    """STEM.md: title, circumstances and lines; STEM.json: circumstances and record."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    text = [f"# {title}", ", ".join(f"{key} {value}" for key, value in where.items()), "", *lines]
+    stem.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps({**where, **record}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from paceline.bench.figures import Row, row
 from paceline.bench.interleave import measure as measure_runs
 from paceline.bench.runs import Run
 from tests.gpu.counting_pair import span, write_drafter, write_target
-from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not
+from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES, TINY = ROOT / "deploy" / "architectures", ROOT / "models" / "tiny"
@@ -174,11 +174,7 @@ def _tell(_: int, note: str) -> None:
 
 
 def write(out: Path, rows: Sequence[PairRow], where: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     lines = [
-        "# Pairs of target and drafter, end to end on one device",
-        ", ".join(f"{key} {value}" for key, value in where.items()),
-        "",
         "Tokens a second of all requests together, medians. Kept: tokens of each verify that were made to stand (the",
         "drafter works all the same); without it, a trained drafter's own drafts. Tau: tokens a step.",
         "",
@@ -186,9 +182,8 @@ def write(out: Path, rows: Sequence[PairRow], where: dict[str, Any]) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
     ]
-    (out / "pair.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record = {**where, "rows": [asdict(each) for each in rows]}
-    (out / "pair.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"rows": [asdict(each) for each in rows]}
+    write_report(out / "pair", "Pairs of target and drafter, end to end on one device", where, lines, record)
 
 
 def _line(each: PairRow) -> str:

@@ -130,6 +130,15 @@ class FakeRunner:
         return [self._kv[blocks[p // size]][p % size] for p in range(max(0, position - ORDER + 1), position + 1)]
 
 
+class Broken(FakeRunner):
+    """Fails in its third step."""
+
+    def forward(self, plan: StepPlan) -> ForwardOutput:
+        if plan.step == 3:
+            raise RuntimeError("a rank is gone")
+        return super().forward(plan)
+
+
 def table(vocabulary: int) -> torch.Tensor:
     """float32 [TABLE, vocabulary]: the logits of each history key."""
     return torch.randn(TABLE, vocabulary, generator=torch.Generator().manual_seed(3)) * 3

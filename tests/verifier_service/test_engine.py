@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.contracts import Delta, EngineInfo, EngineRequest, SamplingParams
-from tests.verifier_service.fake_runner import FakeModel, FakeRunner
+from tests.verifier_service.fake_runner import Broken, FakeModel, FakeRunner
 from verifier_service.engine import Engine
 from verifier_service.model.face import ForwardOutput
 from verifier_service.plan import StepPlan
@@ -328,12 +328,6 @@ def test_an_idle_engine_beats_without_work(running):
 
 
 def test_a_failed_step_ends_every_request_with_an_error_and_the_loop_with_the_exception():
-    class Broken(FakeRunner):
-        def forward(self, plan: StepPlan) -> ForwardOutput:
-            if plan.step == 3:
-                raise RuntimeError("a rank is gone")
-            return super().forward(plan)
-
     engine = make_engine(Broken(4, 40, 4))
     inbox = Inbox()
     for name in "ab":

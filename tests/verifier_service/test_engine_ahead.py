@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.contracts import Delta, SamplingParams
-from tests.verifier_service.fake_runner import FakeRunner
+from tests.verifier_service.fake_runner import Broken, FakeRunner
 from tests.verifier_service.test_engine import MODEL, Guesser, Inbox, expected, make_engine, request, running
 from verifier_service.engine import Engine
 from verifier_service.model.face import ForwardOutput
@@ -172,12 +172,6 @@ def test_a_request_without_finite_logits_ends_alone(running):
 
 
 def test_a_step_that_fails_ends_all_that_is_under_way():
-    class Broken(FakeRunner):
-        def forward(self, plan: StepPlan) -> ForwardOutput:
-            if plan.step == 3:
-                raise RuntimeError("a rank is gone")
-            return super().forward(plan)
-
     engine = ahead(Broken(4, 40, 4))
     inbox = Inbox()
     for name in "ab":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.contracts import SamplingParams
+from modeling.copies import to_device
 from verifier_service.plan import RowDraw
 from verifier_service.sampling.edits import Edits
 from verifier_service.sampling.race import race, row_keys, signed
@@ -60,7 +61,7 @@ def wanted_rows(draws: Sequence[Draw | RowDraw], device: torch.device) -> tuple[
         return torch.tensor(values, dtype=dtype).repeat_interleave(counts)
 
     def there(values: torch.Tensor) -> torch.Tensor:
-        return copied(values, device)
+        return to_device(values, device)
 
     rows = there(spread([draw.row for draw in draws]) + within)
     keys = row_keys(
@@ -90,7 +91,7 @@ def every_row(draws: Sequence[RowDraw], count: int, device: torch.device) -> Wan
             return torch.full((count,), other, dtype=dtype, device=device)
         every = torch.full((count,), other, dtype=dtype)
         every[rows] = getattr(wanted, name)
-        return copied(every, device)
+        return to_device(every, device)
 
     return WantedRows(
         wanted is not None and wanted.truncated,
@@ -100,11 +101,6 @@ def every_row(draws: Sequence[RowDraw], count: int, device: torch.device) -> Wan
         everywhere("min_p"),
         everywhere("top_k", torch.int64),
     )
-
-
-def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Host tensor on `device`. From pinned memory: for any other, the host waits until a GPU has done all it has."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @dataclass(frozen=True)
