@@ -13,7 +13,6 @@ from cluster.link.messages import Piece
 from tests.verifier_service.test_engine import Inbox, make_engine, request, running
 from tests.verifier_service.test_linked import BLOCK, CheckedLink, drive, linked
 from verifier_service.control import SpeculationControl
-from verifier_service.proposers import linked as module
 from verifier_service.sequence import Progress, RunningRequest
 
 __all__ = ["running"]
@@ -102,9 +101,8 @@ def test_a_setting_that_can_work_is_taken_beside_one_that_cannot(running):
     assert set(link.waits) == {0.02}
 
 
-def test_catching_up_counts_as_time_spent_on_drafting(monkeypatch):
+def test_catching_up_counts_as_time_spent_on_drafting():
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     class SlowLink(CheckedLink):
         def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
@@ -112,7 +110,7 @@ def test_catching_up_counts_as_time_spent_on_drafting(monkeypatch):
             clock.now += 1.0
 
     link, control = SlowLink(), Watched(fixed=3)
-    proposer = linked(link, control=control)
+    proposer = linked(link, control=control, clock=lambda: clock.now)
     sequence = RunningRequest(request("a", prompt=4), (0, 0))
 
     def step(start: int, kept: int) -> float:

@@ -7,7 +7,7 @@ features first: drafts can begin at once, and get better as the older ones come,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,9 +69,18 @@ class Contexts:
     window: features kept per request while no drafter has named its own.
     """
 
-    def __init__(self, link: VerifierLink, fuser: Fuser, store: FeatureStore, verifier_id: str, window: int):
+    def __init__(
+        self,
+        link: VerifierLink,
+        fuser: Fuser,
+        store: FeatureStore,
+        verifier_id: str,
+        window: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._link, self._fuser, self._store = link, fuser, store
         self._verifier_id = verifier_id
+        self._clock = clock
         self._window = window
         self._room = Room()
         self._taken = 0
@@ -126,7 +135,7 @@ class Contexts:
             context.placed = False
             self._taken -= 1
             self._unplaced[context] = None
-            self._room.turned_away(self._taken, time.monotonic())
+            self._room.turned_away(self._taken, self._clock())
             self._link.close_contexts([context.context_id])  # what is on its way to the drafter is in vain
 
     def forget(self, sequences: Sequence[RunningRequest]) -> list[Context]:
@@ -269,7 +278,7 @@ class Contexts:
 
     def _place(self) -> None:
         """Give free places to the oldest that have none."""
-        now = time.monotonic()
+        now = self._clock()
         while self._unplaced and self._room.has_place(self._taken, now):
             context = next(iter(self._unplaced))
             del self._unplaced[context]

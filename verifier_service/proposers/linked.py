@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ class LinkProposer:
     """A Proposer over a VerifierLink. Whatever the drafter does or fails to do costs speed only.
 
     window: features kept per request while no drafter has named its own. max_draft_tokens: None = block size - 1.
-    control: chooses how many drafts to ask for; None = always as many as allowed.
+    control: chooses how many drafts to ask for; None = always as many as allowed. clock: seconds, never back.
     """
 
     def __init__(
@@ -41,13 +41,15 @@ class LinkProposer:
         soft_deadline_s: float,
         window: int = 4096,
         control: SpeculationControl | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._link, self._fuser, self._store = link, fuser, store
         self._max_draft_tokens = max_draft_tokens
         self._patience = Patience(soft_deadline_s)
         self._control = control
+        self._clock = clock
         self._epoch = 0
-        self._contexts = Contexts(link, fuser, store, verifier_id, window)
+        self._contexts = Contexts(link, fuser, store, verifier_id, window, clock)
         self._late: set[Context] = set()
         self._asks: list[DraftAsk] = []
         self._resting = False  # plain decoding was the better choice, last time there was one
@@ -64,7 +66,7 @@ class LinkProposer:
         state = self._link.state
         if not state.linked or self._max_draft_tokens == 0 or self._contexts.placeless:
             return True
-        if not self._patience.may_ask(time.monotonic()):
+        if not self._patience.may_ask(self._clock()):
             return True
         return self._control is not None and self._control.rests(self._requests)
 
@@ -82,11 +84,11 @@ class LinkProposer:
         if self._resting:  # features go to the store only
             self._contexts.hold_back(owners)
             return
-        began = time.monotonic()
+        began = self._clock()
         chosen = self._chosen(ready)
         self._contexts.catch_up(None if chosen is ready else chosen)
         self._ask(chosen, most)
-        self._asking_s = time.monotonic() - began
+        self._asking_s = self._clock() - began
 
     def collect(self) -> float:
         if self._late:
@@ -95,9 +97,9 @@ class LinkProposer:
         if not self._asks:
             return asking
         asks, self._asks = self._asks, []
-        began = time.monotonic()
+        began = self._clock()
         answered = self._hand_out(asks, self._patience.soft_deadline_s)
-        now = time.monotonic()
+        now = self._clock()
         waited = asking + now - began
         in_time = answered == len(asks)
         if in_time:
@@ -169,7 +171,7 @@ class LinkProposer:
         if self._max_draft_tokens is not None:
             most = min(most, self._max_draft_tokens)
         if most > 0:
-            if not ready or not self._patience.may_ask(time.monotonic()):
+            if not ready or not self._patience.may_ask(self._clock()):
                 return 0
             if self._control is not None:
                 most = min(most, self._control.choose(self._requests))
