@@ -90,6 +90,7 @@ POLICY = (
     "verifier_service/scheduler.py",
     "verifier_service/seats.py",
     "verifier_service/sequence.py",
+    "verifier_service/step_tables/",
     "verifier_service/step_watch.py",
     "verifier_service/tally.py",
     "verifier_service/validation.py",

@@ -1,16 +1,21 @@
 """Time draft steps of a drafter in the shape of Qwen3-8B's, on the kernels and on torch's operations.
 
-python -m tests.gpu.measure_draft OUT      writes OUT/draft.md and OUT/draft.json; exit status 1 if the drafts disagree
+python -m tests.gpu.measure_draft OUT
+
+Writes OUT/draft.md, OUT/draft.json and OUT/drafts/SHAPE.json (its format: deploy/steps/README.md). Exit status 1 if the
+drafts disagree.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +27,7 @@ from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, 
 from tests.gpu.random_drafter import QWEN3_8B, DrafterShape, random_drafter
 
 COMMITTED = 5  # tokens that a request commits between two drafts
+SHORTER = (2, 4, 8)  # rows a block, beside whole blocks
 LEAST_AGREEMENT = 0.5  # random logits lie so close together that rounding changes some of the tokens
 USABLE = 0.9  # share of the free memory that contexts may take
 
@@ -32,7 +38,8 @@ class DraftStep:
 
     torch, agreement: the same step with torch's operations, and how many of the tokens are the same; None where that
     does not fit into memory. weights_floor: reading layers and head once; floor: contexts too; both at the copy
-    bandwidth. inject: of COMMITTED tokens' features for every request.
+    bandwidth. inject: of COMMITTED tokens' features for every request. shorter: the same draft with fewer rows a block,
+    by their number.
     """
 
     batch: int
@@ -43,6 +50,7 @@ class DraftStep:
     weights_floor: float
     floor: float
     inject: float
+    shorter: dict[int, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -62,6 +70,7 @@ def main(arguments: list[str]) -> int:
     for context in (2048, 32_768):
         steps += measure(QWEN3_8B, context, (1, 4, 16, 64), torch.bfloat16, "cuda", rate)
     write(Path(arguments[0]), steps, rate)
+    write_table(Path(arguments[0]), "qwen3-8b-dflash", QWEN3_8B.block_size, steps, circumstances(rate))
     return 0 if all(step.passed for step in steps) else 1
 
 
@@ -103,7 +112,11 @@ def measure(
             agreement = sum(same) / len(same)
         weights = shape.weights * dtype.itemsize / rate * 1e3
         contexts = batch * context * shape.row * dtype.itemsize / rate * 1e3
-        steps.append(DraftStep(batch, context, draft, torch_ms, agreement, weights, weights + contexts, inject=0.0))
+        shorter = {}
+        for rows in (rows for rows in SHORTER if rows < shape.block_size):
+            cut = [replace(block, rows=rows) for block in blocks]
+            shorter[rows] = _median_ms(partial(drafter.draft, cut, range(batch)), repeats)[0]
+        steps.append(DraftStep(batch, context, draft, torch_ms, agreement, weights, weights + contexts, 0.0, shorter))
     # Only now: appends change what the drafts are made from
     steps = [replace(step, inject=_inject_ms(drafter, loaded, table, step.batch, repeats)) for step in steps]
     print(*map(_row, steps), sep="\n", flush=True)
@@ -178,6 +191,25 @@ def write(out: Path, steps: Sequence[DraftStep], rate: float) -> None:
     ]
     record = {"steps": [asdict(step) for step in steps]}
     write_report(out / "draft", "Draft steps, measured", circumstances(rate), lines, record)
+
+
+def write_table(out: Path, shape: str, block_size: int, steps: Sequence[DraftStep], where: dict[str, Any]) -> None:
+    """OUT/drafts/SHAPE.json."""
+    draft = [
+        {
+            "contexts": step.batch,
+            "rows": rows,
+            "window": step.context,
+            "seconds": milliseconds / 1e3,
+            "inject_seconds": step.inject / 1e3,
+        }
+        for step in steps
+        for rows, milliseconds in sorted({**step.shorter, block_size: step.draft}.items())
+    ]
+    file = out / "drafts" / f"{shape}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {**where, "format": 1, "shape": shape, "block_size": block_size, "draft": draft}
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

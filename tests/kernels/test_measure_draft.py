@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu.measure_draft import measure, write
+from tests.gpu.measure_draft import measure, write, write_table
 from tests.gpu.random_drafter import DrafterShape
+from verifier_service.step_tables.tables import read_draft_table
 
 TINY = DrafterShape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocabulary=60, block_size=4)
 
@@ -22,3 +23,7 @@ def test_a_tiny_drafter_is_measured_and_drafts_what_torch_drafts(tmp_path: Path)
     lines = (tmp_path / "draft.md").read_text().splitlines()
     assert [line.count("WRONG") for line in lines[-2:]] == [0, 1]
     assert len(json.loads((tmp_path / "draft.json").read_text())["steps"]) == 2
+    write_table(tmp_path, "tiny", TINY.block_size, [step], {"device": "cpu"})
+    table = read_draft_table(tmp_path / "drafts" / "tiny.json")
+    assert [(each.contexts, each.rows, each.window) for each in table.draft] == [(2, 2, 20), (2, 4, 20)]
+    assert 1e3 * table.draft_s(2, 4, 20) >= step.draft + step.inject - 1e-9
