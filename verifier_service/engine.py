@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.grammar.constraint import Constraint
 from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.grammar.desk import GrammarDesk, Ticket
-from verifier_service.launch import Launched, launch, size_of, with_draws
+from verifier_service.launch import Launched, Launcher, size_of, with_draws
 from verifier_service.live_settings import usable
 from verifier_service.marks import Mark, seconds_between
 from verifier_service.model.face import Runner
@@ -86,6 +87,7 @@ class Engine:
         self._deadlines = Deadlines()
         self._tally = Tally()
         self._runs_ahead = runner.shape.device.startswith("cuda") if runs_ahead is None else runs_ahead
+        self._launcher = Launcher(runner, self._constrained, self._runs_ahead)
         self._beside = Beside(runner.shape.device)
         self._under_way: Launched | None = None
         self._idle_from: Mark | None = None  # when the device was done with the step read last
@@ -193,7 +195,10 @@ class Engine:
             self._ended.set()
 
     def _step(self) -> None:
-        """Finish a step; before it is read, launch the one after it if that need not wait."""
+        """Finish a step; before it is read, launch the one after it if that need not wait.
+
+        Device: forward n+1 | tokens of n+1. Host, meanwhile: read n, commit n | emit n, plan n+2.
+        """
         step, self._under_way = self._under_way, None
         if step is None:
             step = self._launch(None)
@@ -219,19 +224,17 @@ class Engine:
         self._channel.send(plan)
         if evicted := self._scheduler.cache.take_evicted():
             self._drafting.evicted(evicted)
-        return launch(self._runner, self._constrained, plan, work, began, self._runs_ahead)
+        return self._launcher.launch(plan, work, began)
 
     def _finish_step(self, step: Launched) -> None:
         samples = step.samples.read()
         progress = self._scheduler.commit(samples)
         for ended in self._constrained.advance(progress):
             self._scheduler.remove(ended.sequence.key)
-        if self._under_way is None:
-            self._drafting.advance(progress, step.taps)
-        else:
-            with self._beside.after(step.last):
-                self._drafting.advance(progress, step.taps)
-        self._emission.emit(progress, step.logits)
+        self._launcher.take_late()
+        with self._beside.after(step.last) if self._under_way is not None else nullcontext():
+            self._drafting.advance(progress, step.output.taps)
+            self._emission.emit(progress, step.output.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
         drafting = self._drafting.collect()
         before, self._step_ended = self._step_ended, time.monotonic()
@@ -239,9 +242,11 @@ class Engine:
         limit = self._watch.ended(step.size, seconds)
         self._step_limit_s = limit if self._under_way is None else self._watch.limit(self._under_way.size)
         self._drafting.learn(progress, bool(step.plan.prefill), seconds - drafting)
-        gap = 0.0 if self._idle_from is None else max(0.0, seconds_between(self._idle_from, step.first))
+        idle = step.idle_seconds
+        gap = idle if self._idle_from is None else idle + max(0.0, seconds_between(self._idle_from, step.first))
         self._idle_from = step.last if len(self._scheduler) else None  # waiting for requests is no gap
-        self._tally.step(step.plan, progress, seconds, seconds_between(step.first, step.last), drafting, gap)
+        forward = seconds_between(step.first, step.last) - idle
+        self._tally.step(step.plan, progress, seconds, forward, drafting, gap)
         if self._recorder is not None:
             self._recorder.done(step.plan.step, samples, seconds)
 
@@ -310,13 +315,8 @@ class Engine:
 
     def _await_grammar(self, request: EngineRequest, sink: Sink) -> None:
         if not self._desk.open:
-            sink(
-                [
-                    error_delta(
-                        request, "grammar is set, but this target has no tokenizer.json to use it with", "request"
-                    )
-                ]
-            )
+            why = "grammar is set, but this target has no tokenizer.json to use it with"
+            sink([error_delta(request, why, "request")])
         elif len(self._desk) >= self._scheduler.limits.max_waiting:
             why = f"{len(self._desk)} requests wait for their grammars, which is the limit: try again later"
             sink([error_delta(request, why, "overloaded")])

@@ -55,15 +55,16 @@ def sampled_rows(work: Planned) -> list[SampledRows]:
 def certain(work: Planned) -> bool:
     """Whether it is known before the outcome where every request of a step will stand, save for its next token.
 
-    It is not with drafts, which may stand or fall, nor where the host has to see a token before it can say how the
-    next is taken. A request that has left meanwhile stands in nobody's way.
+    It is not with drafts, which may stand or fall. A request that has left meanwhile stands in nobody's way.
     """
-    for sequence, item in work:
-        if sequence.slot < 0:
-            continue
-        if isinstance(item, VerifyRow):
-            if len(item.token_ids) > 1 or sequence.needs_host:
-                return False
-        elif item.completes_prompt and sequence.needs_host:
-            return False
-    return True
+    return not any(
+        isinstance(item, VerifyRow) and len(item.token_ids) > 1 and sequence.slot >= 0 for sequence, item in work
+    )
+
+
+def awaits(work: Planned) -> bool:
+    """Whether the host has to see a token that is under way before it can say how some row's token is taken."""
+    return any(
+        sequence.shaping is not None and isinstance(item, VerifyRow) and item.token_ids[0] < 0
+        for sequence, item in work
+    )

@@ -30,8 +30,7 @@ class RunningRequest:
     tokens[-1], set by a proposer.
     order: (priority, arrival): lower goes first. sink: where its Deltas go. shaping: what changes its logits
     before a token is taken; None = nothing. Both are opaque to the scheduler. plain: always the best token as it is.
-    longest: what `tokens` can come to.
-    needs_host: the host has to see each token before the next can be taken.
+    longest: what `tokens` can come to. logprobs: how many are told beside each token's own; None: not even that.
 
     For the prefix cache: hashes of its full blocks, as far as they were needed; named: how many of its blocks can be
     found by them; name_at: computed tokens at which the next one can; cached: tokens that it entered with; splits:
@@ -60,14 +59,14 @@ class RunningRequest:
     prompt_tokens: int = field(init=False)
     longest: int = field(init=False)
     plain: bool = field(init=False)
-    needs_host: bool = field(init=False)
+    logprobs: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.key = key_of(self.request)
         self.prompt_tokens = len(self.request.prompt_ids)
         self.longest = self.prompt_tokens + self.request.max_new_tokens
         self.plain = self.shaping is None and self.request.sampling.temperature < GREEDY_BELOW
-        self.needs_host = self.shaping is not None or self.request.sampling.logprobs is not None
+        self.logprobs = self.request.sampling.logprobs
         self.tokens = [*self.request.prompt_ids, *self.request.generated_ids]
 
     @property

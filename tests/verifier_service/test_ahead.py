@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from cluster.contracts import EngineRequest, SamplingParams
 from tests.verifier_service.test_scheduler import LIMITS, Loop, RandomEvents, request
-from verifier_service.flight import certain
+from verifier_service.flight import awaits, certain
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 from verifier_service.sampling.sampler import NO_TOKEN
 from verifier_service.scheduler import Scheduler, SchedulerLimits
@@ -46,16 +46,25 @@ def test_the_outcome_of_a_row_is_certain_unless_it_holds_drafts(work, expected):
     assert certain([(running(request("a")), work)]) is expected
 
 
-@pytest.mark.parametrize(
-    "sequence",
-    [running(request("a", sampling=SamplingParams(logprobs=0))), running(request("a"), shaping=object())],
-)
-def test_a_request_whose_logits_or_log_probabilities_the_host_works_on_is_read_first(sequence):
-    assert not certain([(sequence, VerifyRow(0, 5, (1,)))])
-    assert not certain([(sequence, PrefillChunk(0, 0, (1, 2), completes_prompt=True))])
-    assert certain([(sequence, PrefillChunk(0, 0, (1, 2), completes_prompt=False))])
-    sequence.slot = -1  # it has left
+def test_the_drafts_of_a_request_that_has_left_stand_in_nobodys_way():
+    sequence = running(request("a"))
+    sequence.slot = -1
     assert certain([(sequence, VerifyRow(0, 5, (1, 2)))])
+
+
+@pytest.mark.parametrize(
+    ("shaping", "work", "expected"),
+    [
+        (object(), VerifyRow(0, 5, (-1,)), True),
+        (object(), VerifyRow(0, 5, (1, 2)), False),
+        (object(), PrefillChunk(0, 0, (1, 2), completes_prompt=True), False),
+        (None, VerifyRow(0, 5, (-1,)), False),
+    ],
+)
+def test_only_a_shaped_row_after_a_token_under_way_awaits_what_the_host_reads(shaping, work, expected):
+    sequence = running(request("a", sampling=SamplingParams(logprobs=2)), shaping=shaping)
+    assert certain([(sequence, work)]) is (work != VerifyRow(0, 5, (1, 2)))
+    assert awaits([(sequence, work)]) is expected
 
 
 def test_a_plan_ahead_names_the_rows_of_the_step_before_that_its_tokens_come_from():
