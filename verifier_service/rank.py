@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 MEET_S = 300.0  # for all ranks' processes to be there
 LOAD_S = 1800.0  # for the slowest rank to have its weights, after the fastest
+LINK_BYTES = 256 << 20  # of a GPU's memory for a link over NCCL: assumed
 STEP_S = 120.0  # longest silence between ranks; idle ones hear from each other every second
 
 
@@ -122,7 +123,9 @@ def build_runner(settings: VerifierSettings, rank: int = 0, group: Any = None) -
         deterministic=settings.deterministic,
         progress=log_progress(log) if rank == 0 else None,
         kernel_path=_kernel_path(settings),
-        memory=MemoryLimits(settings.memory_share, settings.max_step_tokens),
+        memory=MemoryLimits(
+            settings.memory_share, settings.max_step_tokens, _later_bytes(settings) if rank == 0 else 0
+        ),
         checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
     )
 
@@ -137,6 +140,16 @@ def _kernel_path(settings: VerifierSettings) -> KernelPath:
         max_rows=settings.max_step_tokens,
         taps=tuple(drafter.target_layer_ids),
     )
+
+
+def _later_bytes(settings: VerifierSettings) -> int:
+    """What rank 0 takes of its device after its model: the fuser of its taps, and the link's communicator."""
+    if settings.speculation.mode == "none" or settings.drafter is None:
+        return 0
+    drafter = DFlashConfig.load(settings.drafter)
+    fuser = drafter.hidden * (len(drafter.target_layer_ids) * drafter.hidden + 1)
+    link = LINK_BYTES if settings.link.tensor_transport == "torch" else 0
+    return fuser * getattr(torch, settings.dtype).itemsize + link
 
 
 def build_engine(

@@ -22,7 +22,7 @@ from transformers import (
 
 from cluster.contracts import EngineRequest, SamplingParams
 from verifier_service.sampling.draw import Draw
-from verifier_service.sampling.edits import apply_edits
+from verifier_service.sampling.edits import apply_edits, mask_only
 from verifier_service.sampling.sampler import sample
 from verifier_service.sampling.token_table import TokenTable
 
@@ -152,6 +152,19 @@ def test_a_bit_mask_leaves_its_tokens_only(allowed: set[int]):
 def _repeated(edits, rows: int):
     times, minus = edits.times.repeat(rows, 0), edits.minus.repeat(rows, 0)
     return replace(edits, times=times, minus=minus, allowed=edits.allowed.expand(rows, -1))
+
+
+@pytest.mark.parametrize("between", [0, 1])
+def test_more_rows_than_are_masked_at_once_keep_each_its_own_tokens(between: int):
+    """between: rows without a mask between the two requests."""
+    rows, vocabulary = 50, 40
+    logits = torch.zeros(2 * rows + between, vocabulary)
+    masks = [torch.stack([torch.tensor([1 << row % 31, at]) for row in range(rows)]).int() for at in (1, 2)]
+    apply_edits(logits, [(first, mask_only(mask)) for first, mask in zip((0, rows + between), masks)])
+    for first, high in ((0, 32), (rows + between, 33)):
+        for row in range(rows):
+            assert logits[first + row].isfinite().nonzero().flatten().tolist() == [row % 31, high]
+    assert logits[rows : rows + between].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,23 @@ from modeling.deterministic import DeterministicOperations
 from modeling.families import family_of, shard_map
 from modeling.kernel_choice import wants_triton
 from modeling.kv_dtype import KvDtype
+from modeling.memory_meter import CudaMeter
 from modeling.operations import TorchOperations
 from modeling.ranks import join_ranks
 from modeling.reader import CheckpointReader
 from modeling.target_config import read_target_config
 from modeling.weights import LoadProgress, RankWeights
 from verifier_service.model import touchpoints
+from verifier_service.model.device.buckets import SECTIONED_ROWS
 from verifier_service.model.executor import Executor
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.model.forms import DETERMINISTIC, FAST
 from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.kv_cache import BlockTables
 from verifier_service.model.kv_storage import KvStorage
+from verifier_service.model.largest_steps import LargestSteps
 from verifier_service.model.loading import load_rank
-from verifier_service.model.memory_room import MemoryLimits
+from verifier_service.model.memory_room import MemoryLimits, kv_blocks
 from verifier_service.model.taken import TakenTokens
 from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
@@ -41,10 +44,10 @@ class TargetRunner:
     """Implements face.Runner. Every rank of the group is given the same plans in the same order.
 
     num_blocks x block_tokens: KV capacity in tokens; num_blocks None: what room there is within `memory`, over kernels
-    on CUDA. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running requests. max_context: None = the
-    checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. deterministic: results depend neither
-    on the batch nor on `size`, to the bit (on CPU, or over kernels). taps: see set_taps. progress: told of every tensor
-    while weights load.
+    on CUDA; the log then has a table of it. kv_dtype: of the KV cache, "auto" = dtype. num_slots: running requests.
+    max_context: None = the checkpoint's own limit. checkpoint_bytes: for checkpoints of recurrent state. deterministic:
+    results depend neither on the batch nor on `size`, to the bit (on CPU, or over kernels). taps: see set_taps.
+    progress: told of every tensor while weights load.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be served on `size` ranks.
     """
 
@@ -111,27 +114,29 @@ class TargetRunner:
             checkpoint_bytes=checkpoint_bytes,
         )
 
-        def over(blocks: int, **options: Any) -> Executor:
+        def over(blocks: int, **options: Any) -> Any:
             tables = BlockTables(num_slots, -(-limit // block_tokens), block_tokens, blocks)
             return make(self._model, tables, KvStorage(blocks, block_tokens, kv_dtype, dtype, device), **options)
 
         with torch.inference_mode():
             if num_blocks is None:
-                from verifier_service.model.device.profile import CudaMeter, measured_memory
+                from verifier_service.model.device.profile import measured_memory
 
+                rows = kernel_path.rows(num_slots)
                 found, block_bytes = measured_memory(
                     partial(over, path=replace(kernel_path, graphs=False)),
                     CudaMeter(),
-                    slots=num_slots,
-                    verify_rows=kernel_path.rows(num_slots),
-                    step_tokens=memory.step_tokens,
-                    block_tokens=block_tokens,
-                    max_context=limit,
+                    LargestSteps(num_slots, rows, memory.step_tokens, block_tokens, limit, SECTIONED_ROWS),
+                    memory,
+                    weight_bytes=weights.bytes,
+                    checkpoint_bytes=checkpoint_bytes,
+                    taps=kernel_path.taps,
                 )
-                own = torch.tensor([found.blocks(memory.share, block_bytes)], device=device)
+                own = torch.tensor([kv_blocks(found, block_bytes)], device=device)
                 num_blocks = min(int(blocks) for blocks in self._ranks.gather(own))
-                log.info("room for %d tokens of KV cache", num_blocks * block_tokens)
-            self._executor = over(num_blocks)
+                cache = f"KV cache of {num_blocks * block_tokens} tokens"
+                log.info("memory of rank %d\n%s", rank, found.table(cache, num_blocks * block_bytes))
+            self._executor: Executor = over(num_blocks)
         checkpoints = self._executor.checkpoints
         self._committed = [0] * num_slots  # tokens in each slot's recurrent state
         self._saved = [0] * (checkpoints or 0)  # tokens in each checkpoint

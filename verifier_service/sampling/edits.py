@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+MASKED_ROWS = 64  # at once: unpacked bits take as much memory as logits, twice
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -57,10 +59,19 @@ def _change(logits: torch.Tensor, edits: Sequence[tuple[int, Edits]]) -> None:
 
 def _mask(logits: torch.Tensor, masks: Sequence[tuple[int, torch.Tensor]]) -> None:
     words = torch.cat([allowed for _, allowed in masks]).to(logits.device)
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    forbidden = ((words[:, :, None] >> bits) & 1).reshape(len(words), -1)[:, : logits.shape[1]] == 0
-    if len(words) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-        return
-    rows = torch.cat([torch.arange(row, row + len(allowed)) for row, allowed in masks]).to(logits.device)
-    logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+    rows = None
+    if len(words) < len(logits):
+        rows = torch.cat([torch.arange(row, row + len(allowed)) for row, allowed in masks]).to(logits.device)
+    for first in range(0, len(words), MASKED_ROWS):
+        piece = slice(first, first + MASKED_ROWS)
+        forbidden = _forbidden(words[piece], logits.shape[1])
+        if rows is None:
+            logits[piece].masked_fill_(forbidden, -torch.inf)
+        else:
+            logits[rows[piece]] = logits[rows[piece]].masked_fill_(forbidden, -torch.inf)
+
+
+def _forbidden(words: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """bool [rows, vocabulary]"""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> bits) & 1).reshape(len(words), -1)[:, :vocabulary] == 0

@@ -61,6 +61,8 @@ class KernelExecutor:
         most = path.rows(num_slots)
         self._states = _states(model, storage, num_slots, checkpoint_bytes, most, forms.stepwise)
         self.checkpoints = None if self._states is None else self._states.checkpoints
+        held: tuple[int, int] = (0, 0) if self._states is None else self._states.held
+        self.state_bytes, self.saved_bytes = held
         max_blocks = -(-max_context // storage.block_tokens)
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
         self._writer = InputWriter(tables, max_blocks, self._device)
@@ -77,15 +79,15 @@ class KernelExecutor:
         self.counters = Counter(graph_rows=0, graph_padding_rows=0, eager_steps=0, graph_failures=0)
 
         # Static: CUDA graphs know these by their addresses.
-        found = buckets(num_slots, path.longest_row, most, max_context, forms.section) if path.graphs else []
-        self._buckets = Buckets(found)
-        words = max((FixedLayout(bucket.requests, bucket.rows).words for bucket in found), default=0)
+        self._sizes = found = buckets(num_slots, path.longest_row, most, max_context, forms.section)
+        self._buckets = Buckets(found if path.graphs else [])
+        words = max(FixedLayout(bucket.requests, bucket.rows).words for bucket in found)
         self._inputs = torch.zeros(words + SPARE_WORDS, dtype=torch.int32, device=self._device)
         self._taken = torch.zeros(most + num_slots, dtype=torch.int64, device=self._device)
         self._taps = path.taps if first else ()
         self._hidden = self._hidden_for(model, most)
         self._graphs = StepGraphs(self._run_bucket, self._device)
-        self._graphs.capture_all(found)
+        self._graphs.capture_all(self._buckets.all)
 
     def execute(self, plan: StepPlan, taps: Sequence[int], taken: torch.Tensor | None) -> ForwardOutput:
         if taken is not None:
@@ -111,6 +113,15 @@ class KernelExecutor:
             return ForwardOutput(None, hidden.taps, self._sampling.take(hidden.normed, plan.draws))
         logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
         return ForwardOutput(logits if self._first else None, hidden.taps)
+
+    def rehearse(self) -> int:
+        """Run what CUDA graphs would hold, launch by launch, over a step without rows; how many graphs there would be.
+
+        For an executor without graphs, as it stands at the start. Collective.
+        """
+        for bucket in self._sizes:
+            self._run_bucket(bucket)
+        return len(self._sizes)
 
     def _in_bucket(
         self, plan: StepPlan, bucket: Bucket, changing: ChangingLayout, rows: int, taps: Sequence[int]

@@ -53,12 +53,14 @@ class StepGraphs:
             return
         wanted = sorted(buckets, reverse=True)
         told = began = time.monotonic()
+        free = _free_memory()
         for done, bucket in enumerate(wanted, 1):
             self._run(bucket)  # what is compiled or allocated at its first use must not be during capture
             self._capture(bucket)
             if time.monotonic() - told > PROGRESS_S or done == len(wanted):
                 told = time.monotonic()
-                log.info("captured %d of %d CUDA graphs after %.0f s", done, len(wanted), told - began)
+                took = (free - _free_memory()) / 1e9
+                log.info("captured %d of %d CUDA graphs, %.2f GB, after %.0f s", done, len(wanted), took, told - began)
 
     def forget(self) -> None:
         """What `run` computes has changed."""
@@ -77,3 +79,10 @@ class StepGraphs:
             self._graphs[bucket] = None
         else:
             self._graphs[bucket] = graph
+
+
+def _free_memory() -> int:
+    """Bytes of the device that nobody holds, once the allocator has given back what it does not need."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

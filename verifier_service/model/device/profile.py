@@ -1,96 +1,87 @@
-"""What the largest steps take of a device's memory, found by running them over a small KV cache."""
+"""Where a device's memory will go, found by running the largest steps over a small KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+
+from cluster.contracts import SamplingParams
+from modeling.device_memory import GRAPH_BYTES, DeviceMemory
+from modeling.memory_meter import Meter
 from verifier_service.model.executor import Executor
-from verifier_service.model.memory_room import DeviceMemory
-from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+from verifier_service.model.face import ForwardOutput
+from verifier_service.model.largest_steps import LargestSteps
+from verifier_service.model.memory_room import MemoryLimits
+from verifier_service.sampling.draw import Draw
+from verifier_service.sampling.edits import mask_only
+from verifier_service.sampling.sampler import decide
 
 
-class Meter(Protocol):
-    """A device's memory, in bytes."""
+class Profiled(Executor, Protocol):
+    """An executor that can say what it takes. state_bytes: of recurrent states, and of what a verify keeps for their
+    commit; saved_bytes: of their checkpoints.
+    """
 
-    def used(self) -> tuple[int, int]:
-        """(taken by anybody, total), once what this process does not need has been given back."""
+    state_bytes: int
+    saved_bytes: int
 
-    def allocated(self) -> int:
-        """By this process's tensors."""
-
-    def peak(self) -> int:
-        """The most of allocated() since the last call."""
-
-
-class CudaMeter:
-    """A Meter of the current CUDA device."""
-
-    def used(self) -> tuple[int, int]:
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return total - free, total
-
-    def allocated(self) -> int:
-        import torch
-
-        return torch.cuda.memory_allocated()
-
-    def peak(self) -> int:
-        import torch
-
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+    def rehearse(self) -> int:
+        """Run what CUDA graphs would hold, launch by launch; how many graphs there would be."""
 
 
 def measured_memory(
-    make: Callable[[int], Executor],
+    make: Callable[[int], Profiled],
     meter: Meter,
+    steps: LargestSteps,
+    limits: MemoryLimits,
     *,
-    slots: int,
-    verify_rows: int,
-    step_tokens: int,
-    block_tokens: int,
-    max_context: int,
+    weight_bytes: int,
+    checkpoint_bytes: int,
+    taps: Sequence[int],
 ) -> tuple[DeviceMemory, int]:
     """The device's memory as it will be taken, and the bytes of a KV block.
 
-    make: an executor over so many blocks, without CUDA graphs. verify_rows: of a step, at most; step_tokens: likewise.
-    Collective.
+    make: an executor over so many blocks, without CUDA graphs. checkpoint_bytes: what may become of a few blocks'
+    checkpoints. Collective.
     """
-    chunk, longest = min(step_tokens, max_context), -(-verify_rows // slots)
-    blocks = -(-chunk // block_tokens) + slots * -(-longest // block_tokens)
-    used, total = meter.used()
-    before = meter.allocated()
-    executor = make(blocks)
-    static = meter.allocated() - before - executor.cache_bytes
-    base = meter.allocated()
-    meter.peak()
-    for plan in _largest(slots, verify_rows, chunk, block_tokens):
-        executor.execute(plan, (), None)
-    step, block_bytes = meter.peak() - base, executor.cache_bytes // blocks
+    before = meter.held()
+    executor = make(steps.blocks)
+    block_bytes = executor.cache_bytes // steps.blocks
+    executor.execute(steps.tables(), (), None)
+    ready = meter.held()
+    kept = None  # the engine reads a step after it has launched the next
+    for plan in steps.plans():
+        output = executor.execute(plan, taps, None)
+        _take_tokens(output)
+        kept = output
+    del kept, output
+    step = meter.peak() - ready
+    graphs = executor.rehearse()
+    graph_bytes = graphs * GRAPH_BYTES + meter.peak() - ready if graphs else 0
+    states, saved = executor.state_bytes, executor.saved_bytes
+    buffers = ready - weight_bytes - states - saved - executor.cache_bytes
     del executor
-    return DeviceMemory(total, used + static, step, verify_rows, chunk), block_bytes
-
-
-def _largest(slots: int, verify_rows: int, chunk: int, block_tokens: int) -> list[StepPlan]:
-    """A prompt of one chunk; then a verify of all slots, in blocks of their own."""
-    own = -(-chunk // block_tokens)
-    prefill = StepPlan(
-        1,
-        new_blocks=tuple((0, block) for block in range(own)),
-        prefill=(PrefillChunk(0, 0, (0,) * chunk, completes_prompt=True),),
+    buffers += max(0, meter.held() - before)  # what libraries keep once they were used
+    outside, total = meter.outside()
+    parts = (
+        ("weights", weight_bytes),
+        ("recurrent states", states),
+        ("their checkpoints", checkpoint_bytes if saved else 0),
+        ("buffers", max(0, buffers)),
+        ("driver, communicators, other processes", outside),
+        ("loaded later", limits.later),
+        ("largest step", step),
+        ("CUDA graphs", graph_bytes),
     )
-    counts = [verify_rows // slots + (slot < verify_rows % slots) for slot in range(slots)]
-    blocks: list[tuple[int, int]] = []
-    for slot, count in enumerate(counts):
-        for _ in range(-(-count // block_tokens)):
-            blocks.append((slot, own + len(blocks)))
-    rows = tuple(VerifyRow(slot, 0, (0,) * count) for slot, count in enumerate(counts))
-    verify = StepPlan(2, released=(0,), new_blocks=tuple(blocks), verify=rows)
-    return [prefill, verify]
+    return DeviceMemory(total, limits.share, parts), block_bytes
+
+
+def _take_tokens(output: ForwardOutput) -> None:
+    """As for requests that are bound by a grammar and sampled among the most probable: nothing takes more memory."""
+    logits = output.logits
+    if logits is None or not len(logits):
+        return
+    allowed = torch.full((len(logits), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
+    decide(logits, [Draw(0, len(logits), 1, 0, 0, SamplingParams(1.0, top_p=0.9, top_k=8), mask_only(allowed))])

@@ -45,6 +45,13 @@ class KernelStates(RecurrentStates):
         self.kept_decay = self.memory.new_zeros(layers, tokens, heads)
         self.kept_corrected = self.memory.new_zeros(layers, tokens, heads, value_dim)
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of states with what is kept for their commit, and of checkpoints."""
+        kept = (self.kept_mixed, self.kept_keys, self.kept_decay, self.kept_corrected)
+        states = self.conv.nbytes + self.memory.nbytes + sum(tensor.nbytes for tensor in kept)
+        return states, self.checkpoint_conv.nbytes + self.checkpoint_memory.nbytes
+
     def keep_tokens(self, layer: int, mixed: torch.Tensor, inputs: DeltaInputs, done: BlockOutcome) -> None:
         """Of one layer's verify, until the next commit."""
         count = len(mixed)
