@@ -19,6 +19,9 @@ class PartlyRight(NoProposer):
         self._random = random.Random(seed)
         self._ready: list[Progress] = []
 
+    def resting(self) -> bool:
+        return False
+
     def advance(self, progress: Sequence[Progress], taps: torch.Tensor | None) -> None:
         self._ready = [p for p in progress if p.token_ids and not p.finish]
 
