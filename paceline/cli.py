@@ -11,6 +11,7 @@ import typer
 COMMANDS = {
     "serve": ("paceline.serve", "Serve a deploy file on this machine or on a Ray cluster."),
     "plan": ("paceline.plan.cli", "Say what a deploy file needs and gives, without weights and GPUs."),
+    "simulate": ("paceline.simulate.cli", "Run a deploy file under load in virtual time, without weights and GPUs."),
     "bench": ("paceline.bench.cli", "Measure engines and servers."),
     "replay": ("paceline.replay", "Run an engine's last steps before a crash again."),
     "train": ("paceline.train", "Train drafters."),
@@ -39,7 +40,7 @@ def _add(app: typer.Typer, name: str, module: str, summary: str) -> None:
     if group is not None:
         app.add_typer(group, name=name, help=summary)
     else:
-        app.command(name, help=summary)(getattr(commands, name))
+        app.command(name, short_help=summary)(getattr(commands, name))
 
 
 def _absent() -> None:

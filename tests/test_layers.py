@@ -71,6 +71,8 @@ POLICY = (
     "paceline/plan/memory.py",
     "paceline/plan/pool.py",
     "paceline/plan/timing.py",
+    "paceline/simulate/times.py",
+    "paceline/simulate/virtual_time.py",
     "verifier_service/model/device/buckets.py",
     "verifier_service/model/kernel_path.py",
     "verifier_service/model/largest_steps.py",

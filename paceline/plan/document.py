@@ -255,16 +255,8 @@ def _link(application: Application, draft: Draft | None) -> LinkPlan | None:
 def _loads(inputs: Inputs, draft: Draft, target: TargetPlan, acceptance: float, assumed: Assumed) -> tuple[Load, ...]:
     if inputs.gpu is None or draft.gpu is None:
         return ()
-    config, most = inputs.target.config, inputs.application.verifier.speculation.max_draft_tokens
-    cost = TargetCost(
-        parts=target.parts,
-        cache=target.cache,
-        experts=routed_experts(config),
-        layers=config.layers,
-        hidden=config.hidden,
-        itemsize=inputs.target.itemsize,
-        size=target.size,
-    )
+    most = inputs.application.verifier.speculation.max_draft_tokens
+    cost = target_cost(inputs, target)
     block = draft.model.block_size
     work = Workload(
         rate=acceptance_rate(acceptance, block),
@@ -276,3 +268,17 @@ def _loads(inputs: Inputs, draft: Draft, target: TargetPlan, acceptance: float, 
     largest = inputs.application.verifier.max_requests
     usual = sorted({*(number for number in CONCURRENCY if number < largest), largest})
     return Pair(cost, inputs.gpu, draft.model, work).loads(draft.gpu, assumed.concurrency or usual)
+
+
+def target_cost(inputs: Inputs, target: TargetPlan) -> TargetCost:
+    """What its steps are estimated from."""
+    config = inputs.target.config
+    return TargetCost(
+        parts=target.parts,
+        cache=target.cache,
+        experts=routed_experts(config),
+        layers=config.layers,
+        hidden=config.hidden,
+        itemsize=inputs.target.itemsize,
+        size=target.size,
+    )

@@ -34,7 +34,7 @@ class TargetCost:
     itemsize: int
     size: int
 
-    def step_s(self, gpu: Gpu, requests: float, rows: int, context: int) -> float:
+    def step_s(self, gpu: Gpu, requests: float, rows: float, context: float) -> float:
         """One step over `requests` requests of `context` tokens, `rows` tokens each (1 = plain decoding)."""
         tokens = requests * rows
         read = self._weight_bytes(tokens) + requests * (
@@ -42,7 +42,7 @@ class TargetCost:
         )
         operations = tokens * (self._flops() + context * self.cache.attended_flops)
         busy = max(read / (gpu.bandwidth * BANDWIDTH_SHARE), operations / (gpu.flops * FLOPS_SHARE))
-        return busy + self.layers * LAYER_S + self._all_reduces_s(gpu, tokens)
+        return busy + self.layers * LAYER_S + self.all_reduces_s(gpu, tokens)
 
     def _weight_bytes(self, tokens: float) -> float:
         share = self.experts.touched(tokens) / self.experts.count if self.experts else 1.0
@@ -57,14 +57,15 @@ class TargetCost:
     def _used(part: Part, expert_share: float) -> float:
         return {"experts": expert_share, "embedding": 0.0}.get(part.name, 1.0)
 
-    def _all_reduces_s(self, gpu: Gpu, tokens: float) -> float:
+    def all_reduces_s(self, gpu: Gpu, tokens: float) -> float:
+        """What `size` ranks wait for each other in one step, two sums a layer."""
         if self.size == 1:
             return 0.0
         moved = 2 * (self.size - 1) / self.size * tokens * self.hidden * self.itemsize
         return 2 * self.layers * (ALL_REDUCE_S + moved / (gpu.link * LINK_SHARE))
 
 
-def draft_s(drafter: DrafterModel, gpu: Gpu, contexts: float, rows: int, attended: int) -> float:
+def draft_s(drafter: DrafterModel, gpu: Gpu, contexts: float, rows: float, attended: float) -> float:
     """One draft for `contexts` contexts, `rows` block rows each (the bonus token's included), over `attended` tokens.
 
     The head is read once and applied to every row but the bonus token's.

@@ -60,8 +60,13 @@ class _Table(_Read):
 
 
 class VerifyTable(_Table):
-    """Verify steps of a target. ranks: of so many the first was measured, without what it would hear of the others."""
+    """Verify steps of a target. ranks: of so many the first was measured, without what it would hear of the others.
 
+    clock "device": steps in a run of them, one launched behind the other; "engine": as an engine's control sees them,
+    all ranks and the engine's own work included.
+    """
+
+    clock: Literal["device", "engine"] = "device"
     ranks: int = Field(1, ge=1)
     layers: int = Field(ge=1)
     verify: tuple[VerifyStep, ...] = Field(min_length=1)

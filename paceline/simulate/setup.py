@@ -1,0 +1,147 @@
+"""What is simulated: a deploy file's settings, with seconds from tables or estimated from its GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import ConfigError
+from modeling.kv_dtype import DTYPE_BYTES
+from paceline.plan.document import USUAL_ACCEPTANCE, Assumed, Plan, make_plan, target_cost
+from paceline.plan.reading import Draft, Inputs, Options, read_inputs
+from paceline.plan.timing import acceptance_rate
+from paceline.simulate.run import Drafting, Setup
+from paceline.simulate.times import (
+    DraftTimes,
+    EstimatedDrafter,
+    EstimatedTarget,
+    MeasuredDrafter,
+    MeasuredTarget,
+    TargetTimes,
+)
+from verifier_service.scheduler import SchedulerLimits
+from verifier_service.step_tables.tables import read_draft_table, read_verify_table
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Files of measured seconds; None: estimated."""
+
+    steps: Path | None = None
+    drafts: Path | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """setup: what runs. verifiers, drafters: as many as the file has."""
+
+    file: str
+    model_name: str
+    setup: Setup
+    block_size: int
+    verifiers: int
+    drafters: int
+
+
+def describe(file: Path, options: Options, tables: Tables) -> Described:
+    """Raises ConfigError: the file, the options or a table cannot work, or nothing is known of the GPUs."""
+    inputs = read_inputs(file, options)
+    plan = make_plan(str(file), inputs, Assumed())
+    application, draft = inputs.application, inputs.draft
+    verifier = application.verifier
+    if draft is None:
+        raise ConfigError(
+            f"{file}: verifier.speculation.mode is 'none', so that there is nothing to compare plain decoding with: "
+            "set it to 'disaggregated' or 'colocated'"
+        )
+    limits = SchedulerLimits(
+        slots=verifier.max_requests,
+        blocks=plan.target.kv_cache_tokens // verifier.block_tokens,
+        block_tokens=verifier.block_tokens,
+        step_tokens=verifier.max_step_tokens,
+        max_waiting=verifier.max_waiting,
+        prefix_cache=False,  # no two prompts begin alike
+    )
+    setup = Setup(
+        target=_target_times(inputs, plan, tables.steps),
+        limits=limits,
+        runs_ahead=verifier.device == "cuda",
+        drafting=_drafting(inputs, draft, tables.drafts),
+    )
+    remote = application.drafts_remotely and application.drafter is not None
+    drafters = application.drafter.replicas if remote and application.drafter is not None else verifier.replicas
+    return Described(str(file), application.model_name, setup, draft.model.block_size, verifier.replicas, drafters)
+
+
+def survival_of(acceptance: str | None, block_size: int) -> tuple[float, ...]:
+    """Chances that the first 1, 2, ... drafts of a block are all right. acceptance: tokens a step with whole blocks
+    ("3.5"), or the chances themselves ("0.8,0.6,0.5"; 0 beyond them); None: what `paceline plan` assumes.
+
+    Raises ConfigError.
+    """
+    if acceptance is None:
+        return survival_of(str(min(USUAL_ACCEPTANCE, max(1.0, block_size / 2))), block_size)
+    try:
+        values = [float(part) for part in acceptance.split(",")]
+        if len(values) == 1:
+            rate = acceptance_rate(values[0], block_size)
+            return tuple(rate**drafts for drafts in range(1, block_size))
+    except ValueError as error:
+        raise ConfigError(
+            f"--acceptance is {acceptance!r} ({error}): give tokens a step, 1 to {block_size}, or a comma-separated "
+            "list of chances that the first 1, 2, ... drafts are all right"
+        ) from error
+    falling = all(0 <= later <= earlier <= 1 for earlier, later in zip([1.0, *values], values))
+    if not falling or len(values) >= block_size:
+        raise ConfigError(
+            f"--acceptance is {acceptance!r}: the chances that the first 1, 2, ... drafts are all right lie between 0 "
+            f"and 1, never rise, and are at most {block_size - 1}, one less than the block size"
+        )
+    return (*values, *[0.0] * (block_size - 1 - len(values)))
+
+
+def _target_times(inputs: Inputs, plan: Plan, steps: Path | None) -> TargetTimes:
+    if steps is not None:
+        table = read_verify_table(steps)
+        return MeasuredTarget(table, inputs.target.config.layers, target_cost(inputs, plan.target), inputs.gpu)
+    if inputs.gpu is None:
+        raise ConfigError(
+            "the GPU type of the verifier's ranks is not known, so that their steps cannot be estimated: name it with "
+            "--gpu, or give measured steps with --steps (paceline bench steps measures them here)"
+        )
+    return EstimatedTarget(target_cost(inputs, plan.target), inputs.gpu)
+
+
+def _drafting(inputs: Inputs, draft: Draft, drafts: Path | None) -> Drafting:
+    verifier = inputs.application.verifier
+    token_bytes = draft.config.hidden * DTYPE_BYTES[verifier.link.dtype]
+    speculation = verifier.speculation
+    return Drafting(
+        times=_draft_times(draft, drafts),
+        block_size=draft.model.block_size,
+        window=draft.window,
+        slots=draft.settings.max_contexts,
+        token_bytes=token_bytes,
+        feature_tokens=verifier.feature_store_bytes // token_bytes,
+        soft_deadline_s=speculation.soft_deadline_s,
+        hard_deadline_s=verifier.link.hard_deadline_s,
+        most=speculation.max_draft_tokens,
+        adaptive=speculation.adaptive,
+    )
+
+
+def _draft_times(draft: Draft, drafts: Path | None) -> DraftTimes:
+    if drafts is not None:
+        table = read_draft_table(drafts)
+        if table.block_size != draft.model.block_size:
+            raise ConfigError(
+                f"{drafts}: block_size is {table.block_size}, the deploy file's drafter has {draft.model.block_size}: "
+                "give the table of that drafter"
+            )
+        return MeasuredDrafter(table)
+    if draft.gpu is None:
+        raise ConfigError(
+            "the GPU type of the drafters is not known, so that their drafts cannot be estimated: name it with "
+            "--drafter-gpu, or give measured drafts with --drafts (paceline bench steps measures them here)"
+        )
+    return EstimatedDrafter(draft.model, draft.gpu)
