@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     import torch
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
 from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Welcome
 
 
-@dataclass(frozen=True)
-class LinkState:
+class LinkState(msgspec.Struct, frozen=True):  # made several times a step, in a tenth of a dataclass's time
     """What the verifier's side knows of its link. epoch counts up with every new connection; linked: may ask.
 
     drafter_*: from the Welcome of this epoch (empty while never linked). sent_bytes: bytes of both planes, all epochs.

@@ -79,10 +79,7 @@ class LinkProposer:
         most = self._most(state, bool(ready))
         if taps is not None:
             self._contexts.take(owners, progress, taps, state.linked and not self._resting)
-        if not state.linked:
-            return
-        if self._resting:  # features go to the store only
-            self._contexts.hold_back(owners)
+        if not state.linked or self._resting:  # features go to the store only
             return
         began = self._clock()
         chosen = self._chosen(ready)
