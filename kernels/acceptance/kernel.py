@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.acceptance.noise import gumbel
 from kernels.acceptance.reference import check_arguments, check_parts
 
 SECTION = 4096  # tokens of one program
 TILE = 1024
+JOINED = 1024  # parts of a row that are looked at together
 
 
 def sample(
@@ -55,8 +57,9 @@ def join(token_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, t
         token_ids, scores = token_ids.contiguous(), scores.contiguous()
     joined = torch.empty(rows, dtype=torch.int64, device=scores.device)
     best = torch.empty(rows, dtype=torch.float64, device=scores.device)
+    block = min(JOINED, triton.next_power_of_2(parts))
     _finish[(rows,)](
-        *(scores, token_ids, joined, best, parts, *scores.stride()), BLOCK=triton.next_power_of_2(parts), num_warps=1
+        *(scores, token_ids, joined, best, parts, *scores.stride()), BLOCK=block, num_warps=max(1, block // 256)
     )
     return joined, best
 
@@ -72,30 +75,6 @@ def accept(
         *(samples, row_tokens, starts, accepted, following), BLOCK=triton.next_power_of_2(longest), num_warps=1
     )
     return accepted, following
-
-
-@triton.jit
-def _shift(bits, COUNT: tl.constexpr):
-    """Logical shift to the right of an int64."""
-    return (bits >> COUNT) & ((1 << (64 - COUNT)) - 1)
-
-
-@triton.jit
-def _hash_bits(key, token):
-    GOLDEN: tl.constexpr = -7046029254386353131
-    MIX1: tl.constexpr = -4658895280553007687
-    MIX2: tl.constexpr = -7723592293110705685
-    bits = token * GOLDEN + key
-    bits = (bits ^ _shift(bits, 30)) * MIX1
-    bits = (bits ^ _shift(bits, 27)) * MIX2
-    return bits ^ _shift(bits, 31)
-
-
-@triton.jit
-def _gumbel(key, token):
-    """float64, as reference.uniform and then -log(-log(u))."""
-    uniform = (_shift(_hash_bits(key, token), 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
-    return -tl.log(-tl.log(uniform))
 
 
 @triton.jit(do_not_specialize=["first_token"])
@@ -134,7 +113,7 @@ def _race(
             if TRUNCATED:
                 score = tl.where(score >= threshold, score, float("-inf"))
             if tl.max(score, 0) > float("-inf"):  # else there is no noise to make
-                score += _gumbel(key, token)
+                score += gumbel(key, token)
         tile_top = tl.where(broken, float("inf"), tl.max(score, 0))
         tile_id = tl.where(broken, -1, tl.min(tl.where((score == tile_top) & exists, token, NEVER), 0))
         top_id = tl.where(tile_top > top, tile_id, top_id)
@@ -143,16 +122,22 @@ def _race(
     tl.store(best_id + row * sections + section, top_id)
 
 
-@triton.jit(do_not_specialize=["part_stride", "row_stride"])
+@triton.jit(do_not_specialize=["parts", "part_stride", "row_stride"])
 def _finish(best, best_id, token_ids, scores, parts, part_stride, row_stride, BLOCK: tl.constexpr):
     NEVER: tl.constexpr = 9223372036854775807
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, BLOCK)
-    cell = row * row_stride + part * part_stride
-    own = tl.load(best + cell, mask=part < parts, other=float("-inf"))
-    own_id = tl.load(best_id + cell, mask=part < parts, other=NEVER)
-    top = tl.max(own, 0)
-    tl.store(token_ids + row, tl.min(tl.where(own == top, own_id, NEVER), 0))
+    highest = tl.full((BLOCK,), float("-inf"), tl.float64)
+    lowest = tl.full((BLOCK,), NEVER, tl.int64)
+    for begin in range(0, parts, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
+        cell = row * row_stride + part * part_stride
+        own = tl.load(best + cell, mask=part < parts, other=float("-inf"))
+        own_id = tl.load(best_id + cell, mask=part < parts, other=NEVER)
+        ahead = (own > highest) | ((own == highest) & (own_id < lowest))
+        highest = tl.where(ahead, own, highest)
+        lowest = tl.where(ahead, own_id, lowest)
+    top = tl.max(highest, 0)
+    tl.store(token_ids + row, tl.min(tl.where(highest == top, lowest, NEVER), 0))
     tl.store(scores + row, top)
 
 

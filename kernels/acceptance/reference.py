@@ -107,12 +107,15 @@ def check_arguments(
     logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor, thresholds: torch.Tensor | None
 ) -> None:
     rows = logits.shape[0]
-    if logits.dim() != 2 or keys.shape != (rows,) or temperatures.shape != (rows,):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} must be [rows, vocabulary], keys {tuple(keys.shape)} and temperatures "
-            f"{tuple(temperatures.shape)} [{rows}]"
-        )
-    if keys.dtype != torch.int64 or temperatures.dtype != torch.float64:
-        raise ValueError(f"keys {keys.dtype} must be int64, temperatures {temperatures.dtype} float64")
+    if logits.dim() != 2:
+        raise ValueError(f"logits {tuple(logits.shape)} must be [rows, vocabulary]")
+    check_race(rows, keys, temperatures)
     if thresholds is not None and (thresholds.shape != (rows,) or thresholds.dtype != torch.float64):
         raise ValueError(f"thresholds {tuple(thresholds.shape)} {thresholds.dtype} must be float64 [{rows}]")
+
+
+def check_race(rows: int, keys: torch.Tensor, temperatures: torch.Tensor) -> None:
+    if keys.shape != (rows,) or temperatures.shape != (rows,):
+        raise ValueError(f"keys {tuple(keys.shape)} and temperatures {tuple(temperatures.shape)} must be [{rows}]")
+    if keys.dtype != torch.int64 or temperatures.dtype != torch.float64:
+        raise ValueError(f"keys {keys.dtype} must be int64, temperatures {temperatures.dtype} float64")

@@ -2,35 +2,40 @@
 
 The weight is read once for every tile of rows (up to 64; the tiles of one section run next to each other and share it
 through the L2 cache), and of the [rows, vocabulary] logits only three numbers a section are ever stored. Sections have
-a fixed size: with a fixed `tile`, the result of a row does not depend on the other rows.
+a fixed size, and logits are summed up as those of the target's head are: the result of a row does not depend on the
+other rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.draft_head.choice import PLAIN, HeadCandidates, HeadChoice, HeadShape, check_arguments
+from kernels.head.tile import PLAIN_COLUMNS, tile_logits
+from kernels.linear.matrix import Matrix
+from kernels.linear.tile import weight_tile
+
+WARPS = 4  # bits of a sum over tokens follow from how warps share them
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """rows x tokens logits of a tile, made `width` columns at a time; section: tokens a program goes through."""
+    """rows x tokens logits of a tile; section: tokens a program goes through."""
 
     rows: int = 16
     tokens: int = 128
-    width: int = 128
     section: int = 512
-    warps: int = 4
-    stages: int = 3
+    stages: int = 4
 
 
 def tiling(rows: int) -> Tiling:
-    """Larger row tiles read the weight less often, but may round differently: fix one where that matters."""
-    return Tiling() if rows <= 16 else Tiling(rows=32) if rows <= 32 else Tiling(rows=64, width=64)
+    """Larger row tiles read the weight less often; they change no result."""
+    return Tiling() if rows <= 16 else Tiling(rows=32) if rows <= 32 else Tiling(rows=64, stages=3)
 
 
 def draft_head(
@@ -47,21 +52,20 @@ def draft_head(
     dtypes that do not fit.
     """
     check_arguments(hidden, weight)
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
     tile = tile or tiling(rows)
     sections = triton.cdiv(vocabulary, tile.section)
     best = torch.empty(sections, rows, dtype=torch.float32, device=hidden.device)
     best_id = torch.empty(sections, rows, dtype=torch.int32, device=hidden.device)
     mass = torch.empty_like(best)
     _sections[(triton.cdiv(rows, tile.rows), sections)](
-        *(hidden, weight, best, best_id, mass, rows, vocabulary, hidden.stride(0), weight.stride(0), *shape),
+        *(hidden, weight, best, best_id, mass, rows, hidden.stride(0), weight.stride(0), *shape),
         SOFT_CAP=shape.soft_cap != 0,
-        WIDTH=width,
+        **_columns(weight),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
-        COLUMNS=tile.width,
         SECTION=tile.section,
-        num_warps=tile.warps,
+        num_warps=WARPS,
         num_stages=tile.stages,
     )
     choice = HeadChoice(
@@ -88,7 +92,7 @@ def draft_candidates(
 ) -> HeadCandidates:
     """As kernels.draft_head.reference, in the dtypes of `draft_head`; k up to the tile's tokens."""
     check_arguments(hidden, weight, k)
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
     tile = tile or tiling(min(rows, 32))  # the sorting of a larger tile does not fit into registers
     if k > tile.tokens:
         raise ValueError(f"k is {k}: want at most the tile's {tile.tokens} tokens")
@@ -96,15 +100,14 @@ def draft_candidates(
     keys = torch.empty(rows, sections, kept, dtype=torch.int64, device=hidden.device)
     best, mass = torch.empty(2, sections, rows, dtype=torch.float32, device=hidden.device).unbind()
     _candidate_sections[(triton.cdiv(rows, tile.rows), sections)](
-        *(hidden, weight, keys, best, mass, rows, vocabulary, hidden.stride(0), weight.stride(0), *shape),
+        *(hidden, weight, keys, best, mass, rows, hidden.stride(0), weight.stride(0), *shape),
         SOFT_CAP=shape.soft_cap != 0,
-        WIDTH=width,
+        **_columns(weight),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
-        COLUMNS=tile.width,
         SECTION=tile.section,
         KEPT=kept,
-        num_warps=tile.warps,
+        num_warps=WARPS,
         num_stages=tile.stages,
     )
     candidates = HeadCandidates(
@@ -123,6 +126,11 @@ def draft_candidates(
     return candidates
 
 
+def _columns(weight: torch.Tensor) -> dict[str, Any]:
+    constants = weight_tile(Matrix(weight), 1, weight.dtype, PLAIN_COLUMNS).constants
+    return {name: constants[name] for name in ("OUT", "IN", "WIDTH", "WHOLE")}
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _sections(
     hidden,
@@ -131,35 +139,37 @@ def _sections(
     best_id,
     mass,
     rows,
-    vocabulary,
     hidden_row,
     weight_row,
     multiplier,
     soft_cap,
     SOFT_CAP: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SECTION: tl.constexpr,
 ):
     section = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
+    own = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     top_id = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS,), tl.float32)
-    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TOKENS):
-        token, logits = _logits(
-            hidden, weight, row, valid, begin, vocabulary, hidden_row, weight_row, multiplier, soft_cap,
-            SOFT_CAP, WIDTH, ROWS, TOKENS, COLUMNS,
-        )  # fmt: skip
-        tile_top = tl.max(logits, 1)
-        equal = logits == tile_top[:, None]
-        tile_id = tl.min(tl.where(equal, token[None, :], 2147483647), 1)
+    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, OUT), TOKENS):
+        logits = _logits(
+            *(hidden, weight, own, begin, hidden_row, weight_row, multiplier, soft_cap),
+            *(SOFT_CAP, OUT, IN, WIDTH, WHOLE, ROWS, TOKENS),
+        )
+        token = begin + tl.arange(0, TOKENS)
+        tile_top = tl.max(logits, 0)
+        tile_id = tl.min(tl.where(logits == tile_top[None, :], token[:, None], 2147483647), 0)
         top_id = tl.where(tile_top > top, tile_id, top_id)
         higher = tl.maximum(top, tile_top)
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
         top = higher
     cell = section * rows + row
     tl.store(best + cell, top, mask=valid)
@@ -172,41 +182,28 @@ def _logits(
     hidden,
     weight,
     row,
-    valid,
-    begin,
-    vocabulary,
+    first,
     hidden_row,
     weight_row,
     multiplier,
     soft_cap,
     SOFT_CAP: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """TOKENS token ids from `begin` on and the rows' logits of them, [ROWS, TOKENS]: -inf beyond the vocabulary."""
-    column = tl.arange(0, COLUMNS)
-    token = begin + tl.arange(0, TOKENS)
-    exists = token < vocabulary
-    logits = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, WIDTH, COLUMNS):
-        at = start + column
-        left = tl.load(
-            hidden + row.to(tl.int64)[:, None] * hidden_row + at[None, :],
-            mask=valid[:, None] & (at < WIDTH)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            weight + token.to(tl.int64)[None, :] * weight_row + at[:, None],
-            mask=exists[None, :] & (at < WIDTH)[:, None],
-            other=0.0,
-        )
-        logits = tl.dot(left, right, logits, input_precision="ieee")
+    """The rows' logits of tokens first.., [TOKENS, ROWS]: -inf beyond the vocabulary."""
+    logits = tile_logits(
+        *(hidden, row, first, hidden_row, weight, weight, weight, weight_row, 0),
+        *("plain", OUT, IN, 1, 1, 0, 0, 1, False, False, False, False, WIDTH, WHOLE, TOKENS, ROWS),
+    )
     logits *= multiplier
     if SOFT_CAP:
         logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * logits / soft_cap) + 1.0))  # soft_cap * tanh(logits / soft_cap)
-    return token, tl.where(exists[None, :], logits, float("-inf"))
+    return tl.where((first + tl.arange(0, TOKENS) < OUT)[:, None], logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["rows", "first_token"])
@@ -243,37 +240,40 @@ def _candidate_sections(
     best,
     mass,
     rows,
-    vocabulary,
     hidden_row,
     weight_row,
     multiplier,
     soft_cap,
     SOFT_CAP: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SECTION: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     section = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
+    own = tl.minimum(row, rows - 1).to(tl.int64)  # rows beyond the last repeat it
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     kept = tl.full((ROWS, KEPT), -(2**63), tl.int64)
-    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, vocabulary), TOKENS):
-        token, logits = _logits(
-            hidden, weight, row, valid, begin, vocabulary, hidden_row, weight_row, multiplier, soft_cap,
-            SOFT_CAP, WIDTH, ROWS, TOKENS, COLUMNS,
-        )  # fmt: skip
-        higher = tl.maximum(top, tl.max(logits, 1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+    for begin in range(section * SECTION, tl.minimum((section + 1) * SECTION, OUT), TOKENS):
+        logits = _logits(
+            *(hidden, weight, own, begin, hidden_row, weight_row, multiplier, soft_cap),
+            *(SOFT_CAP, OUT, IN, WIDTH, WHOLE, ROWS, TOKENS),
+        )
+        token = begin + tl.arange(0, TOKENS)
+        higher = tl.maximum(top, tl.max(logits, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[None, :]), 0)
         top = higher
-        ranked = _ranked(logits, tl.broadcast_to(token[None, :], logits.shape))
+        ranked = _ranked(tl.trans(logits), tl.broadcast_to(token[None, :], (ROWS, TOKENS)))
         # Beyond the vocabulary is worse than any number and none: whoever looks the tokens up stays within it.
-        own = tl.topk(tl.where(token[None, :] < vocabulary, ranked, -(2**63)), KEPT)
-        kept = tl.topk(tl.reshape(tl.join(kept, own), (ROWS, 2 * KEPT)), KEPT)
+        new = tl.topk(tl.where(token[None, :] < OUT, ranked, -(2**63)), KEPT)
+        kept = tl.topk(tl.reshape(tl.join(kept, new), (ROWS, 2 * KEPT)), KEPT)
     cell = section * rows + row
     tl.store(best + cell, top, mask=valid)
     tl.store(mass + cell, total, mask=valid)

@@ -32,10 +32,11 @@ class WeightTile:
     constants: dict[str, Any]
 
 
-def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype) -> WeightTile:
-    """Tile widths follow from the format and the section's length alone. dtype: of x."""
+def weight_tile(weight: Matrix, sections: int, dtype: torch.dtype, widest: int | None = None) -> WeightTile:
+    """Tile widths follow from the format and the section's length alone. dtype: of x. widest: columns of a tile, at
+    most; None = what suits the format."""
     columns = weight.shape[-1]
-    most = 256 if weight.to_byte == 2 else 128 if dtype.itemsize < 4 else 64
+    most = widest or (256 if weight.to_byte == 2 else 128 if dtype.itemsize < 4 else 64)
     length = triton.cdiv(columns, sections)
     width = max(32, min(most, triton.next_power_of_2(length)))
     section = length if columns % (sections * weight.to_byte) == 0 else triton.cdiv(length, width) * width

@@ -15,7 +15,8 @@ Call = Callable[[], Any]
 class Case:
     """One kernel in one shape. run, reference and library take no arguments and return a tensor or tuple of tensors.
 
-    moved: bytes that have to pass between memory and chip at least. library: torch's own way to do the same on inputs
+    moved: bytes that have to pass between memory and chip at least; flops: of its products, where many rows make those
+    the longer part, else 0. library: torch's own way to do the same on inputs
     laid out as it likes best (its result is not compared), or None. tolerance: for `run` against `reference`.
     """
 
@@ -25,6 +26,7 @@ class Case:
     moved: int
     library: Call | None = None
     tolerance: float = 2e-2
+    flops: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from kernels.short_conv import reference as short_conv_reference
 from tests.gpu.case import Call, Case, Machine
 from tests.gpu.cases_drafter import drafter_cases
 from tests.gpu.cases_gates import gate_cases
+from tests.gpu.cases_head import head_cases
 from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
 from tests.gpu.cases_moe import moe_cases
@@ -64,6 +65,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     for temperature in (0.0, 1.0):
         yield _sample(machine, rows=max(1, 1024 // small), vocabulary=151_936 // small, temperature=temperature)
     yield _accept(machine, requests=max(2, 64 // small), rows=16)
+    yield from head_cases(machine)
     yield from drafter_cases(machine)
     yield from linear_cases(machine)
     yield from latent_cases(machine)

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.acceptance import kernel, reference
+from kernels.acceptance.noise import rough_gumbel
 from verifier_service.acceptance import accepted_drafts
 from verifier_service.sampling.race import row_keys, uniform
 
@@ -132,3 +135,20 @@ def test_tokens_below_the_threshold_do_not_take_part(way: Any):
     best = logits.topk(2).indices.tolist()
     assert all(token in own for token, own in zip(got.tolist(), best))
     assert int(got[2]) == best[2][0], "thresholds are not for greedy rows"
+
+
+def test_rough_noise_is_as_near_to_the_exact_as_it_says():
+    """Over random numbers and those at both ends, where 1 - u and u have few bits."""
+    ends = torch.tensor([1 << power for power in range(53)])
+    bits = torch.cat([torch.randint(0, 1 << 53, (8192 - 159,)), ends - 1, (1 << 53) - ends, (ends * 7) % (1 << 53)])
+    got = torch.empty(8192)
+    _rough[(1,)](bits, got, SIZE=8192)
+    exact = -torch.log(-torch.log1p(-((((1 << 53) - 1) - bits).double() + 0.5) * 2.0**-53))
+    exact = torch.where(bits < 1 << 52, -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53)), exact)
+    assert float((got.double() - exact).abs().max()) < 2e-5
+
+
+@InterpretedFunction
+def _rough(bits, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, rough_gumbel(tl.load(bits + at)))

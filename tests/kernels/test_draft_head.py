@@ -8,8 +8,9 @@ import torch
 from kernels.draft_head import reference
 from kernels.draft_head.choice import HeadShape, join_candidates
 from kernels.draft_head.kernel import Tiling, draft_candidates, draft_head, tiling
+from tests.kernels.products import sum_products_in_order
 
-SMALL = Tiling(rows=16, tokens=32, width=32, section=64)
+SMALL = Tiling(rows=16, tokens=32, section=64)
 
 
 def agree(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32, tile: Tiling = SMALL):
@@ -67,10 +68,16 @@ def test_shards_of_the_vocabulary_join_to_the_whole():
     torch.testing.assert_close(joined, whole.log_sum_exp, rtol=1e-5, atol=1e-4)
 
 
-def test_rows_do_not_depend_on_each_other():
-    hidden, weight = torch.randn(6, 32), torch.randn(100, 32)
-    together, alone = draft_head(hidden, weight, tile=SMALL), draft_head(hidden[2:3], weight, tile=SMALL)
-    assert all(torch.equal(whole[2:3], own) for whole, own in zip(together, alone))
+def test_rows_do_not_depend_on_each_other_nor_on_the_tile_that_suits_their_number(monkeypatch: pytest.MonkeyPatch):
+    sum_products_in_order(monkeypatch)
+    hidden, weight = torch.randn(34, 70), torch.randn(140, 70)
+    together = draft_head(hidden, weight)
+    assert tiling(34).rows > tiling(17).rows > tiling(1).rows
+    for own in (slice(2, 3), slice(5, 22)):
+        alone = draft_head(hidden[own], weight)
+        assert all(torch.equal(whole[own], part) for whole, part in zip(together, alone))
+    best, lone = draft_candidates(hidden[:17], weight, 2), draft_candidates(hidden[2:3], weight, 2)
+    assert all(torch.equal(whole[2:3], part) for whole, part in zip(best, lone))
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -25,6 +25,7 @@ KERNELS = {
     "_rotate_and_append",
     "_norm",
 }
+KERNELS |= {"_head_race", "_head_logits"}
 KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_commit_conv"}
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
