@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from cluster.contracts import EngineInfo
 from cluster.errors import ConfigError
@@ -37,6 +33,7 @@ from verifier_service.port import EnginePort
 from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.linked import LinkProposer
 from verifier_service.proposers.plain import NoProposer
+from verifier_service.rank_group import joined_ranks
 from verifier_service.recorder import FlightRecorder, FlightTarget
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.settled import settled
@@ -44,10 +41,7 @@ from verifier_service.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
-MEET_S = 300.0  # for all ranks' processes to be there
-LOAD_S = 1800.0  # for the slowest rank to have its weights, after the fastest
 LINK_BYTES = 256 << 20  # of a GPU's memory for a link over NCCL: assumed
-STEP_S = 120.0  # longest silence between ranks; idle ones hear from each other every second
 
 
 class MakeLink(Protocol):
@@ -64,14 +58,6 @@ class MakeLink(Protocol):
     ) -> VerifierLink: ...
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    """group: None for a single rank. meet(): returns when every rank has called it."""
-
-    group: Any
-    meet: Callable[[], None]
-
-
 def run_rank(
     settings: VerifierSettings,
     rank: int,
@@ -86,11 +72,12 @@ def run_rank(
 
     rendezvous: "host:port" on rank 0's machine, free; unused for a single rank. host: where rank 0 opens the engine
     port. make_link: needed on rank 0 unless speculation.mode is "none". on_ready("host:port" of the engine port) is
-    called once all ranks are loaded, with "" on ranks other than 0. Raises ConfigError before anything is loaded.
+    called once all ranks are loaded, with "" on ranks other than 0. Raises ConfigError before anything is loaded,
+    RankFailedError if another rank cannot start.
     """
     torch.set_num_threads(settings.threads_per_rank)
     check_fit(settings)
-    with _ranks(settings, rank, rendezvous) as ranks:
+    with joined_ranks(settings.tensor_parallel_size, settings.device, rank, rendezvous) as ranks:
         runner = build_runner(settings, rank, ranks.group)
         if settings.device == "cuda" and wants_triton(settings.kernels, settings.device):
             warm_up(runner, _limits(settings, runner.shape.blocks), _kernel_path(settings).longest_row)
@@ -253,25 +240,3 @@ def _limits(settings: VerifierSettings, blocks: int) -> SchedulerLimits:
         max_waiting=settings.max_waiting,
         prefix_cache=settings.prefix_cache,
     )
-
-
-@contextmanager
-def _ranks(settings: VerifierSettings, rank: int, rendezvous: str) -> Iterator[_Ranks]:
-    """The process group of all ranks: gloo on CPU; on CUDA NCCL, with gloo beside it for plans."""
-    size = settings.tensor_parallel_size
-    if size == 1:
-        yield _Ranks(None, lambda: None)
-        return
-    host, _, port = rendezvous.rpartition(":")
-    store = dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timedelta(seconds=MEET_S))
-    backend = "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_S))
-
-    def meet() -> None:
-        store.set(f"loaded/{rank}", "")
-        store.wait([f"loaded/{other}" for other in range(size)], timedelta(seconds=LOAD_S))
-
-    try:
-        yield _Ranks(dist.group.WORLD, meet)
-    finally:
-        dist.destroy_process_group()
