@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import torch
+from itertools import islice
 
 from cluster.contracts import Delta, EngineRequest, TokenLogprobs
 from verifier_service.sampling.logprobs import logprobs
-from verifier_service.sequence import Progress
+from verifier_service.sampling.step_logits import StepLogits
+from verifier_service.sequence import Key, Progress
 
 Sink = Callable[[list[Delta]], None]
 
@@ -24,22 +24,22 @@ def error_delta(request: EngineRequest, why: str, kind: str) -> Delta:
 class Emission:
     """Hands every sink what this step has for it."""
 
-    def emit(self, progress: Sequence[Progress], logits: torch.Tensor | None) -> None:
+    def emit(self, progress: Sequence[Progress], logits: StepLogits | None) -> None:
         """logits: the step's; None where nobody wants logprobs."""
+        told = _logprobs([p for p in progress if p.sequence.logprobs is not None], logits)
         by_sink: dict[Sink, list[Delta]] = {}
         for p in progress:
             if not p.token_ids and p.finish is None:
                 continue
             sequence = p.sequence
             request_id, choice = sequence.key
-            wanted = sequence.request.sampling.logprobs
             delta = Delta(
                 request_id,
                 choice,
                 tuple(p.token_ids),
                 p.accepted,
                 p.drafted,
-                None if wanted is None else _logprobs(p, logits, wanted),
+                told.get(sequence.key),
                 p.finish,
                 (p.error or NOT_FINITE) if p.finish == "error" else None,
                 cached=_cached(p) if sequence.cached else 0,
@@ -60,9 +60,17 @@ def _cached(progress: Progress) -> int:
     return min(sequence.cached, sequence.prompt_tokens) if first else 0
 
 
-def _logprobs(progress: Progress, logits: torch.Tensor | None, top: int) -> tuple[TokenLogprobs, ...]:
-    if not progress.token_ids:
-        return ()
-    assert logits is not None, "a step with such a request has logits"
-    rows = range(progress.logit_row, progress.logit_row + len(progress.token_ids))
-    return tuple(logprobs(logits, rows, progress.token_ids, top))
+def _logprobs(progress: Sequence[Progress], logits: StepLogits | None) -> dict[Key, tuple[TokenLogprobs, ...]]:
+    """Of those that want them, all at once: a device is waited for once a step, not once a request."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    tops: list[int] = []
+    for p in progress:
+        if p.token_ids:
+            assert logits is not None, "a step with such a request has logits"
+            first = logits.place(p.logit_row)
+            rows += range(first, first + len(p.token_ids))
+            tokens += p.token_ids
+            tops += [p.sequence.logprobs or 0] * len(p.token_ids)
+    found = iter(logprobs(logits.values, rows, tokens, tops) if logits is not None and rows else ())
+    return {p.sequence.key: tuple(islice(found, len(p.token_ids))) for p in progress}

@@ -234,7 +234,7 @@ class Engine:
         self._launcher.take_late()
         with self._beside.after(step.last) if self._under_way is not None else nullcontext():
             self._drafting.advance(progress, step.output.taps)
-            self._emission.emit(progress, step.output.logits)
+            self._emission.emit(progress, step.logits)
         self._forget([p.sequence for p in progress if p.finish is not None])
         drafting = self._drafting.collect()
         before, self._step_ended = self._step_ended, time.monotonic()

@@ -35,18 +35,27 @@ class SampledRows:
 
 def sampled_rows(work: Planned) -> list[SampledRows]:
     """For the requests whose token is not just the best one."""
-    if all(sequence.plain for sequence, _ in work):
+    return _rows_of(work, [not sequence.plain for sequence, _ in work])
+
+
+def told_rows(work: Planned) -> list[SampledRows]:
+    """For the requests whose log probabilities are wanted."""
+    return _rows_of(work, [sequence.logprobs is not None for sequence, _ in work])
+
+
+def _rows_of(work: Planned, wanted: list[bool]) -> list[SampledRows]:
+    if True not in wanted:
         return []
     found = []
     row = 0
-    for sequence, item in work:
+    for (sequence, item), here in zip(work, wanted):
         count = len(item.token_ids)
         if isinstance(item, VerifyRow):
-            if not sequence.plain:
+            if here:
                 found.append(SampledRows(sequence, row, count, item.start + 1, item.token_ids[1:]))
         else:
             position, count = item.start + count, int(item.completes_prompt)
-            if count and not sequence.plain:
+            if count and here:
                 found.append(SampledRows(sequence, row, count, position))
         row += count
     return found

@@ -1,10 +1,11 @@
 """A StepPlan as one int64 tensor, and how rank 0 tells it to the other ranks.
 
-Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions, saves, restores, draws],
+Layout: [length, step, flags, verify rows, prefill chunks, new blocks, releases, decisions, saves, restores, draws,
+shown],
 then (slot, start, tokens) of each verify row, (slot, start, tokens, completes_prompt, checkpoint) of each chunk, all
 their token ids in that order, and the numbers of the rest: pairs of new blocks and decisions, triples of saves, pairs
-of restores, (row, count, position, seed, choice, top_k, bits of temperature, top_p and min_p) of each draw, released
-slots.
+of restores, (row, count, position, seed, choice, top_k, bits of temperature, top_p and min_p) of each draw, (row,
+count, late) of shown rows, released slots.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from cluster.contracts import SamplingParams
-from verifier_service.plan import PrefillChunk, RowDraw, StepPlan, VerifyRow
+from verifier_service.plan import PrefillChunk, RowDraw, ShownRows, StepPlan, VerifyRow
 
-HEADER = 11
+HEADER = 12
 FIRST_WORDS = 2048  # 16 KiB: what nearly every plan fits in
 _HEARTBEAT, _STOP, _AHEAD, _DRAWS = 1, 2, 4, 8
 
@@ -28,7 +29,7 @@ def pack(plan: StepPlan) -> torch.Tensor:
     draws = plan.draws or ()
     words = [0, plan.step, flags]
     words += [len(part) for part in (plan.verify, plan.prefill, plan.new_blocks, plan.released, plan.decided)]
-    words += (len(plan.saved), len(plan.restored), len(draws))
+    words += (len(plan.saved), len(plan.restored), len(draws), len(plan.shown))
     for row in plan.verify:
         words += (row.slot, row.start, len(row.token_ids))
     for chunk in plan.prefill:
@@ -41,6 +42,8 @@ def pack(plan: StepPlan) -> torch.Tensor:
         words += numbers
     for draw in draws:
         words += (draw.row, draw.count, draw.position, draw.seed, draw.choice, *_params(draw.params))
+    for rows in plan.shown:
+        words += (rows.row, rows.count, rows.late)
     words += plan.released
     words[0] = len(words)
     return torch.tensor(words, dtype=torch.int64)
@@ -49,7 +52,7 @@ def pack(plan: StepPlan) -> torch.Tensor:
 def unpack(packed: torch.Tensor) -> StepPlan:
     """The plan that was packed. Words beyond its length are ignored."""
     words = packed.tolist()
-    _, step, flags, rows, chunks, blocks, released, decided, saved, restored, draws = words[:HEADER]
+    _, step, flags, rows, chunks, blocks, released, decided, saved, restored, draws, shown = words[:HEADER]
     at = HEADER
 
     def take(count: int) -> list[int]:
@@ -69,6 +72,7 @@ def unpack(packed: torch.Tensor) -> StepPlan:
     saves = tuple((slot, kept, checkpoint) for slot, kept, checkpoint in (take(3) for _ in range(saved)))
     restores = tuple((slot, checkpoint) for slot, checkpoint in (take(2) for _ in range(restored)))
     drawn = tuple(_unpacked_draw(take(9)) for _ in range(draws))
+    seen = tuple(ShownRows(row, count, bool(late)) for row, count, late in (take(3) for _ in range(shown)))
     return StepPlan(
         step=step,
         verify=verify,
@@ -79,6 +83,7 @@ def unpack(packed: torch.Tensor) -> StepPlan:
         saved=saves,
         restored=restores,
         draws=drawn if flags & _DRAWS else None,
+        shown=seen,
         ahead=bool(flags & _AHEAD),
         heartbeat=bool(flags & _HEARTBEAT),
         stop=bool(flags & _STOP),

@@ -52,6 +52,18 @@ class RowDraw(msgspec.Struct, frozen=True, gc=False):
     params: SamplingParams
 
 
+class ShownRows(msgspec.Struct, frozen=True, gc=False):
+    """Rows row .. row + count - 1 of a step's logits reach rank 0. late: it takes their tokens, after the forward."""
+
+    row: int
+    count: int
+    late: bool
+
+    @property
+    def rows(self) -> range:
+        return range(self.row, self.row + self.count)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One target forward. Executed in this order: commit `decided`, saved, released, new_blocks, restored, then verify
@@ -65,7 +77,8 @@ class StepPlan:
     ahead: planned before the outcome of the step before was known. Token id -1 - row then stands for the token that
     was taken at that row of its logits.
     draws: the ranks take the tokens themselves, each in its part of the vocabulary: these rows are sampled, all others
-    greedy. None: rank 0 needs the logits.
+    greedy. None: rank 0 gets all logits and takes all tokens. shown: in a plan with draws alone, the late ones
+    first, which are not among the draws.
     heartbeat: nothing to compute. stop: the ranks leave their loop.
     """
 
@@ -78,6 +91,12 @@ class StepPlan:
     saved: tuple[tuple[int, int, int], ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
     draws: tuple[RowDraw, ...] | None = None
+    shown: tuple[ShownRows, ...] = ()
     ahead: bool = False
     heartbeat: bool = False
     stop: bool = False
+
+    @property
+    def late(self) -> bool:
+        """Whether rank 0 takes some of the tokens that the ranks would take themselves."""
+        return any(rows.late for rows in self.shown)

@@ -12,6 +12,8 @@ import torch
 
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
+from verifier_service.sampling.draw import Draw
+from verifier_service.sampling.sampler import decide
 
 ORDER = 6  # logits depend on so many last tokens, and on the position
 TABLE = 4096
@@ -21,6 +23,7 @@ class FakeRunner:
     """vocabulary small; taps are [position, token] pairs so that tests can tell whose they are.
 
     checkpoints: None = no recurrent state. Otherwise a slot's state is the list of tokens that it has seen.
+    draws: takes the tokens of a plan with draws itself, and says something else for late rows.
     """
 
     def __init__(
@@ -31,8 +34,9 @@ class FakeRunner:
         vocabulary: int = 64,
         max_context: int = 4096,
         checkpoints: int | None = None,
+        draws: bool = False,
     ):
-        self.shape = ModelShape(vocabulary, 2, max_context, 1, checkpoints)
+        self.shape = ModelShape(vocabulary, 2, max_context, 1, checkpoints, draws=draws)
         self.plans: list[StepPlan] = []
         self._block_tokens = block_tokens
         self._kv = [[-1] * block_tokens for _ in range(blocks)]
@@ -74,10 +78,20 @@ class FakeRunner:
                 self._states[work.slot] = self._states[work.slot][: work.start] + list(work.token_ids)
                 if work.checkpoint >= 0:
                     self._checkpoints[work.checkpoint] = self._states[work.slot]
-        return ForwardOutput(
-            logits=self._logits[torch.tensor(rows, dtype=torch.long)],
-            taps=torch.tensor(taps, dtype=torch.float32) if self._taps and taps else None,
-        )
+        logits = self._logits[torch.tensor(rows, dtype=torch.long)]
+        known = torch.tensor(taps, dtype=torch.float32) if self._taps and taps else None
+        return ForwardOutput(logits, known) if plan.draws is None else self._taken(plan, logits, known)
+
+    def _taken(self, plan: StepPlan, logits: torch.Tensor, taps: torch.Tensor | None) -> ForwardOutput:
+        assert self.shape.draws, "nobody asked for this"
+        draws = [Draw(d.row, d.count, d.position, d.seed, d.choice, d.params) for d in plan.draws or ()]
+        tokens = decide(logits, draws)
+        late = [row for each in plan.shown if each.late for row in each.rows]
+        assert not {row for draw in draws for row in range(draw.row, draw.row + draw.count)}.intersection(late)
+        tokens[late] = (tokens[late] + 1) % self.shape.vocabulary
+        self._fed = [] if late else tokens.clamp(min=0).tolist()
+        shown = [row for each in plan.shown for row in each.rows]
+        return ForwardOutput(logits[shown] if shown else None, taps, tokens)
 
     def _resolved(self, plan: StepPlan) -> StepPlan:
         """With the tokens themselves where the plan names rows of the step before."""

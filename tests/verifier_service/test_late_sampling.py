@@ -62,12 +62,13 @@ def make_engine(
     *,
     runs_ahead: bool,
     runner: FakeRunner | None = None,
+    draws: bool = False,
     proposer: Proposer | None = None,
     blocks: int = 60,
 ) -> Engine:
     limits = SchedulerLimits(slots=SLOTS, blocks=blocks, block_tokens=4, step_tokens=24, max_waiting=50)
     return Engine(
-        runner or FakeRunner(SLOTS, blocks, 4, VOCABULARY, max_context=128),
+        runner or FakeRunner(SLOTS, blocks, 4, VOCABULARY, max_context=128, draws=draws),
         limits,
         EngineInfo("e", "f", 128, VOCABULARY, SLOTS, 8),
         proposer=proposer or NoProposer(),
@@ -128,13 +129,14 @@ wanted = st.fixed_dictionaries(
     mix=st.lists(wanted, min_size=6, max_size=6),
     aborts=st.dictionaries(st.sampled_from([f"r{i}" for i in range(6)]), st.integers(1, OUTPUT), max_size=2),
     blocks=st.sampled_from([60, 16]),
+    draws=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_text_is_that_of_the_synchronous_engine_in_any_mix_of_features(compiler, mix, aborts, blocks, seed):
+def test_text_is_that_of_the_synchronous_engine_in_any_mix_of_features(compiler, mix, aborts, blocks, draws, seed):
     requests = [request(f"r{i}", 3 + 2 * i, OUTPUT, seed=i, **fields) for i, fields in enumerate(mix)]
     expected = said_by(make_engine(compiler, runs_ahead=False), requests, {})
     drafts = ComingAndGoing({name: said.text for name, said in expected.items()}, seed)
-    engine = make_engine(compiler, runs_ahead=True, blocks=blocks, proposer=drafts)
+    engine = make_engine(compiler, runs_ahead=True, blocks=blocks, draws=draws, proposer=drafts)
     for name, said in said_by(engine, requests, aborts).items():
         if said.finish == "abort":
             count = len(said.text)
@@ -144,9 +146,10 @@ def test_text_is_that_of_the_synchronous_engine_in_any_mix_of_features(compiler,
     assert engine.status().counters["steps_ahead"] > 0 or all(len(said.text) < 3 for said in expected.values())
 
 
+@pytest.mark.parametrize("draws", [False, True])
 @pytest.mark.parametrize("needs", NEEDS)
-def test_every_step_is_launched_ahead_beside_a_request_that_the_host_works_on(running, compiler, needs):
-    engine = make_engine(compiler, runs_ahead=True)
+def test_every_step_is_launched_ahead_beside_a_request_that_the_host_works_on(running, compiler, needs, draws):
+    engine = make_engine(compiler, runs_ahead=True, draws=draws)
     inbox = Inbox()
     asked = [request("plain", output=30), request("needy", output=30, **{"seed": 3, **NEEDS[needs]})]
     for each in asked:
@@ -204,3 +207,22 @@ def test_what_the_device_waits_for_between_a_forward_and_its_late_tokens_counts_
         return counters["gap_seconds"] / counters["step_seconds"]
 
     assert 0 < gap(NEEDS["penalties"]) < 1
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_only_rows_that_the_host_works_on_have_their_logits_shown(running, compiler, needs):
+    runner = FakeRunner(SLOTS, 60, 4, VOCABULARY, max_context=128, draws=True)
+    engine = running(make_engine(compiler, runs_ahead=True, runner=runner))
+    inbox = Inbox()
+    asked = [
+        request("plain", output=30),
+        request("needy", output=30, **{"seed": 3, **NEEDS[needs]}),
+        request("sampled", output=30, sampling=SamplingParams(temperature=0.9, top_p=0.9)),
+    ]
+    for each in asked:
+        engine.submit(each, inbox)
+    inbox.wait("plain", "needy", "sampled")
+    assert all(plan.draws is not None for plan in runner.plans)
+    shown = [rows for plan in runner.plans for rows in plan.shown]
+    assert max(len(plan.shown) for plan in runner.plans) == 1
+    assert {(rows.count, rows.late) for rows in shown} == {(1, needs != "logprobs")}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.contracts import SamplingParams
 from verifier_service.packing import FIRST_WORDS, PlanChannel, pack, unpack
-from verifier_service.plan import PrefillChunk, RowDraw, StepPlan, VerifyRow
+from verifier_service.plan import PrefillChunk, RowDraw, ShownRows, StepPlan, VerifyRow
 
 numbers = st.integers(0, 1 << 40)
 ids = st.lists(st.integers(0, 300_000), min_size=1, max_size=9).map(tuple)
@@ -40,6 +40,7 @@ plans = st.builds(
     saved=st.lists(st.tuples(numbers, numbers, numbers), max_size=5).map(tuple),
     restored=pairs,
     draws=st.none() | draws,
+    shown=st.lists(st.builds(ShownRows, numbers, numbers, st.booleans()), max_size=3).map(tuple),
     ahead=st.booleans(),
     heartbeat=st.booleans(),
     stop=st.booleans(),

@@ -189,7 +189,7 @@ def test_the_random_numbers_are_those_of_every_release():
 
 def test_logprobs_are_of_the_distribution_before_temperature():
     expected = LOGITS.log_softmax(-1)
-    (own,) = logprobs(LOGITS[None], [0], [3], 2)
+    (own,) = logprobs(LOGITS[None], [0], [3], [2])
     assert math.isclose(own.logprob, expected[3].item(), abs_tol=1e-6)
     assert [token for token, _ in own.top] == [0, 7]
     assert math.isclose(own.top[1][1], expected[7].item(), abs_tol=1e-6)

@@ -34,9 +34,10 @@ class ForwardOutput:
     """Of one plan, rows in plan order (verify rows first, then prefill chunks).
 
     logits: float32 [verify tokens + completed prompts, vocabulary], verify tokens in order, then one row per
-        chunk that completes its prompt; on rank 0 only, None elsewhere, and of a plan with draws.
-    tokens: int64 [rows of the logits] on every rank, of a plan with draws: those taken there, -1 where the logits are
-        not finite. Not to be changed.
+        chunk that completes its prompt; of a plan with draws, of those rows that are `shown`, in that order, None if
+        none is. On rank 0 only, None elsewhere.
+    tokens: int64 [verify tokens + completed prompts] on every rank, of a plan with draws: those taken there, -1 where
+        the logits are not finite; of late rows any token. Not to be changed.
     taps: [all tokens of the plan, taps x hidden], on rank 0 only and only if the runner was built with taps.
 
     On a GPU it may still be computing them. They stay as they are until the forward after the next one.
@@ -58,8 +59,8 @@ class Runner(Protocol):
     def feed(self, tokens: torch.Tensor) -> None:
         """On rank 0, after a forward and before one whose plan is `ahead`: the tokens taken from its logits.
 
-        int64 [rows of the logits], on the runner's device, none below 0; not to be changed any more. A plan with draws
-        needs none.
+        int64 [verify tokens + completed prompts], on the runner's device, none below 0; not to be changed any more. A
+        plan with draws needs none, but for late rows.
         """
 
     def counters(self) -> Mapping[str, float]:

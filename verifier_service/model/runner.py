@@ -179,7 +179,7 @@ class TargetRunner:
         """
         self._account(plan)
         output = self._executor.execute(plan, self._taps, self._taken.everywhere() if plan.ahead else None)
-        if output.tokens is not None:
+        if output.tokens is not None and not plan.late:
             self._taken.put_everywhere(output.tokens.clamp(min=0))
         elif self._ranks.rank > 0:
             self._taken.expect(plan)

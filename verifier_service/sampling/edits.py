@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from modeling.copies import to_device
+
 MASKED_ROWS = 64  # at once: unpacked bits take as much memory as logits, twice
 
 
@@ -52,16 +54,19 @@ def _change(logits: torch.Tensor, edits: Sequence[tuple[int, Edits]]) -> None:
         starts = np.arange(row, row + len(each.times))[:, None] * vocabulary
         every_plus = np.broadcast_to(each.plus, each.times.shape)
         columns.append(((starts + each.ids).ravel(), every_plus.ravel(), each.times.ravel(), each.minus.ravel()))
-    places, plus, times, minus = (torch.from_numpy(np.concatenate(part)).to(logits.device) for part in zip(*columns))
+    places, plus, times, minus = (
+        to_device(torch.from_numpy(np.concatenate(part)), logits.device) for part in zip(*columns)
+    )
     values = logits.take(places).add_(plus)
     logits.put_(places, torch.where(values > 0, values / times, values * times).sub_(minus))
 
 
 def _mask(logits: torch.Tensor, masks: Sequence[tuple[int, torch.Tensor]]) -> None:
-    words = torch.cat([allowed for _, allowed in masks]).to(logits.device)
+    words = to_device(torch.cat([allowed for _, allowed in masks]), logits.device)
     rows = None
     if len(words) < len(logits):
-        rows = torch.cat([torch.arange(row, row + len(allowed)) for row, allowed in masks]).to(logits.device)
+        every = torch.cat([torch.arange(row, row + len(allowed)) for row, allowed in masks])
+        rows = to_device(every, logits.device)
     for first in range(0, len(words), MASKED_ROWS):
         piece = slice(first, first + MASKED_ROWS)
         forbidden = _forbidden(words[piece], logits.shape[1])

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from modeling.copies import to_device
 from verifier_service.sampling.draw import Draw, draw_rows
 from verifier_service.sampling.edits import apply_edits
 
@@ -26,8 +27,8 @@ def decide(logits: torch.Tensor, draws: Sequence[Draw] = ()) -> torch.Tensor:
     edited = [draw for draw in draws if draw.edits is not None]
     tokens, broken = _decide(logits, [draw for draw in draws if draw.edits is None] if edited else draws)
     if edited:
-        rows = torch.tensor([row for draw in edited for row in range(draw.row, draw.row + draw.count)])
-        rows = rows.to(logits.device)
+        own = torch.tensor([row for draw in edited for row in range(draw.row, draw.row + draw.count)])
+        rows = to_device(own, logits.device)
         own_tokens, own_broken = _decide_edited(logits.index_select(0, rows), edited)
         tokens.index_copy_(0, rows, own_tokens)
         broken[rows] |= own_broken

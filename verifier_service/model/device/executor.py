@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from modeling.copies import to_device
 from verifier_service.model.device.buckets import Bucket, Buckets, buckets
 from verifier_service.model.device.forms import FAST, KernelForms
 from verifier_service.model.device.forward import Hidden, KernelForward, Work
@@ -110,7 +111,9 @@ class KernelExecutor:
             asked = Work(len(plan.verify), longest, prefill=_prefill_parts(plan), logit_rows=logit_rows)
             hidden = self._forward.run(inputs.fixed, self._taken, asked, taps if self._first else ())
         if plan.draws is not None:
-            return ForwardOutput(None, hidden.taps, self._sampling.take(hidden.normed, plan.draws))
+            return ForwardOutput(
+                self._shown(hidden.normed, plan), hidden.taps, self._sampling.take(hidden.normed, plan.draws)
+            )
         logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
         return ForwardOutput(logits if self._first else None, hidden.taps)
 
@@ -122,6 +125,12 @@ class KernelExecutor:
         for bucket in self._sizes:
             self._run_bucket(bucket)
         return len(self._sizes)
+
+    def _shown(self, normed: torch.Tensor, plan: StepPlan) -> torch.Tensor | None:
+        if not plan.shown:
+            return None
+        rows = torch.tensor([row for each in plan.shown for row in each.rows])
+        return self._head(normed.index_select(0, to_device(rows, self._device)))
 
     def _in_bucket(
         self, plan: StepPlan, bucket: Bucket, changing: ChangingLayout, rows: int, taps: Sequence[int]
