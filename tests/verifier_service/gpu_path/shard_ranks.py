@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from modeling.parallel import VocabularyHead
 from modeling.ranks import RankGroup, join_ranks
 from tests.verifier_service.oracle import PartlyRight
 from tests.verifier_service.test_engine import Inbox
+from tests.verifier_service.test_grammar import END, OPEN, tokenizer
 from verifier_service.engine import Engine, follow
+from verifier_service.grammar.compiler import GrammarCompiler
 from verifier_service.model.kernel_path import KernelPath
 from verifier_service.model.runner import TargetRunner
 from verifier_service.packing import PlanChannel
@@ -44,17 +46,28 @@ PARAMS = {
     "top_p": SamplingParams(temperature=0.05, top_p=0.8),
     "flat": SamplingParams(temperature=5.0, top_p=0.9),
     "penalised": SamplingParams(temperature=0.9, frequency_penalty=0.5),
+    "told": SamplingParams(temperature=0.9, top_p=0.8, logprobs=2),
+    "bound": SamplingParams(temperature=0.9),
 }
+GRAMMARS = {"bound": OPEN}
+LATE = ["seeded", "penalised", "told", "bound"]
 
 
 @dataclass(frozen=True)
 class Said:
-    """texts: by kind. gathers: how often logits were gathered. steps_ahead, accepted: the engine's counters."""
+    """texts: by kind; told: the tokens that had log probabilities. gathers: rows of each gather of logits. steps,
+    ahead, accepted: the engine's counters.
+    """
 
     texts: dict[str, list[int]]
-    gathers: int
-    steps_ahead: float
+    told: list[list[int]]
+    gathers: list[int]
+    steps: float
+    ahead: float
     accepted: float
+
+
+NOTHING = Said({}, [], [], 0, 0, 0)
 
 
 def run(directory: Path, room: Path) -> dict[str, Any]:
@@ -76,10 +89,14 @@ def _rank(rank: int, directory: str, room: str) -> None:
         "gloo", init_method=rendezvous, rank=rank, world_size=SIZE, timeout=timedelta(seconds=WAIT_S)
     )
     found: dict[str, Any] = {"rows": _rows(join_ranks(rank, SIZE, dist.group.WORLD, "cpu"))}
-    alone = _said(directory, list(PARAMS), kernels="torch") if rank == 0 else Said({}, 0, 0, 0)
+    alone = NOTHING
+    if rank == 0:
+        alone = _said(directory, list(PARAMS), kernels="torch", runs_ahead=False)
+        found["one"] = asdict(_said(directory, LATE))
     ranks: dict[str, Any] = {"rank": rank, "size": SIZE, "group": dist.group.WORLD}
     found["alone"] = asdict(alone)
     found["ahead"] = asdict(_said(directory, ["greedy", "seeded", "top_k", "top_p"], **ranks))
+    found["late"] = asdict(_said(directory, LATE, **ranks))
     drafts = PartlyRight(alone.texts, 200, longest=3)
     found["mixed"] = asdict(_said(directory, ["greedy", "flat", "penalised"], drafts, **ranks))
     (Path(room) / f"{rank}.json").write_text(json.dumps(found))
@@ -93,6 +110,7 @@ def _said(
     proposer: Proposer | None = None,
     *,
     kernels: KernelSetting = "triton",
+    runs_ahead: bool = True,
     **ranks: Any,
 ) -> Said:
     few = partial(_shard_sampling(), candidates=CANDIDATES)
@@ -112,15 +130,32 @@ def _said(
     with counted_gathers() as gathers:
         if ranks.get("rank"):
             follow(runner, channel)
-            return Said({}, len(gathers), 0, 0)
+            return replace(NOTHING, gathers=gathers)
         shape = runner.shape
         limits = SchedulerLimits(slots=SLOTS, blocks=BLOCKS, block_tokens=BLOCK_TOKENS, step_tokens=32, max_waiting=9)
         info = EngineInfo("e", "f", shape.max_context, shape.vocabulary, SLOTS, 4)
-        engine = Engine(runner, limits, info, proposer=proposer or NoProposer(), channel=channel, runs_ahead=True)
+        grammars = GrammarCompiler(tokenizer().to_str(), shape.vocabulary, frozenset({END}))
+        engine = Engine(
+            runner,
+            limits,
+            info,
+            proposer=proposer or NoProposer(),
+            channel=channel,
+            grammars=grammars,
+            runs_ahead=runs_ahead,
+        )
         inbox = Inbox()
         for kind in kinds:
             engine.submit(
-                EngineRequest(kind, (5, 6, 7), seed=2**64 - 9, max_new_tokens=3, sampling=PARAMS[kind]), inbox
+                EngineRequest(
+                    kind,
+                    (5, 6, 7),
+                    seed=2**64 - 9,
+                    max_new_tokens=4,
+                    sampling=PARAMS[kind],
+                    grammar=GRAMMARS.get(kind),
+                ),
+                inbox,
             )
         engine.start()
         with mock.patch("tests.verifier_service.test_engine.WAIT_S", WAIT_S):
@@ -128,17 +163,18 @@ def _said(
         engine.stop()
         counters = engine.status().counters
     texts = {kind: inbox.text(kind) for kind in kinds}
-    return Said(texts, len(gathers), counters["steps_ahead"], counters["accepted_tokens"])
+    told = [[token for token, _ in each.top] for d in inbox.deltas.get("told", ()) for each in d.logprobs or ()]
+    return Said(texts, told, gathers, counters["steps"], counters["steps_ahead"], counters["accepted_tokens"])
 
 
 @contextmanager
 def counted_gathers() -> Iterator[list[int]]:
-    """Columns of each gather to rank 0: only logits go that way."""
+    """Rows of each gather to rank 0: only logits go that way."""
     gather, seen = RankGroup.gather_to_first, []
 
     def noted(self: RankGroup, part: torch.Tensor) -> list[torch.Tensor] | None:
         if self.size > 1:
-            seen.append(part.shape[1])
+            seen.append(len(part))
         return gather(self, part)
 
     with mock.patch.object(RankGroup, "gather_to_first", noted):

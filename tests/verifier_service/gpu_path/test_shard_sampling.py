@@ -32,17 +32,28 @@ def test_logits_are_gathered_for_rows_that_their_candidates_leave_open(found):
     assert [rank["rows"]["gathers"] for rank in found.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("how", ["ahead", "mixed"])
-def test_text_is_that_of_one_rank(how, found):
+@pytest.mark.parametrize("how", ["one", "ahead", "late", "mixed"])
+def test_text_is_that_of_one_rank_whose_steps_wait_for_each_other(how, found):
     texts, alone = found["rank 0"][how]["texts"], found["rank 0"]["alone"]["texts"]
     assert texts == {kind: alone[kind] for kind in texts}
 
 
 def test_no_logits_are_gathered_in_plain_and_sampled_steps_that_are_launched_ahead(found):
-    assert [rank["ahead"]["gathers"] for rank in found.values()] == [0, 0]
-    assert found["rank 0"]["ahead"]["steps_ahead"] > 0
+    assert [rank["ahead"]["gathers"] for rank in found.values()] == [[], []]
+    assert found["rank 0"]["ahead"]["ahead"] > 0
 
 
-def test_logits_are_gathered_while_the_host_works_on_some_with_drafts_too(found):
-    assert found["rank 0"]["mixed"]["gathers"] > 0
+def test_rows_that_the_host_works_on_have_their_logits_gathered_and_no_others(found):
+    """Three of the four requests of `late`; of `mixed` one, and one that its candidates leave open, with drafts."""
+    for rank in found.values():
+        assert set(rank["late"]["gathers"]) <= {1, 2, 3}
+        assert max(rank["late"]["gathers"]) == 3
+        assert len(rank["mixed"]["gathers"]) > 0
     assert found["rank 0"]["mixed"]["accepted"] > 0
+
+
+@pytest.mark.parametrize("how", ["one", "late"])
+def test_steps_are_launched_ahead_beside_requests_that_the_host_works_on(how, found):
+    said = found["rank 0"][how]
+    assert said["steps"] - said["ahead"] <= 2, "the first, and one more if a grammar takes its time"
+    assert said["told"] == found["rank 0"]["alone"]["told"]
