@@ -4,6 +4,9 @@ Each context owns one slot of `window` rows and fills them in the order in which
 a context that is built again comes newest first, and a context row does not depend on the others. So what is held is
 always the slot's first rows, whatever their positions. Once all are filled, position p takes the row of p - window.
 
+A closed context is held on to until its slot is needed, for a new one may begin with the same tokens: it then gets a
+copy of those rows, which nobody has to send again.
+
 Slots are shared fairly: when none is free, a link takes one from the link that holds most, if that leaves it with no
 fewer than the taker then has; else its new context is turned away. So links do not take contexts from each other in
 turns, and one that alone wants more than there is keeps what it has.
@@ -43,6 +46,18 @@ class Placement:
     evicted: Key | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Rows of one slot that are to be copied into rows of another. first: the position of the first of them."""
+
+    context: Context
+    first: int
+    sources: list[int]
+    rows: list[int]
+    source: Context
+    evicted: Key | None
+
+
 class ContextTable:
     """At most `slots` contexts of `window` positions."""
 
@@ -50,6 +65,7 @@ class ContextTable:
         self.window = window
         self._free = list(range(slots - 1, -1, -1))
         self._contexts: OrderedDict[Key, Context] = OrderedDict()  # least recently used first
+        self._closed: OrderedDict[Key, Context] = OrderedDict()  # likewise; their slots are as good as free
         self._counts: Counter[str] = Counter()  # contexts by link
         self._row_of: list[list[int]] = [[] for _ in range(slots)]  # by slot, then position mod window
 
@@ -75,34 +91,78 @@ class ContextTable:
         """
         context, end, evicted = self.get(key), start + count, None
         if context is None:
-            taken = self._take_slot(key[0])
-            if taken is None:
+            opened = self._open(key, start)
+            if opened is None:
                 return None
-            slot, evicted = taken
-            self._row_of[slot] = self._row_of[slot] or [0] * self.window
-            context = self._contexts[key] = Context(slot, start, start)
-            self._counts[key[0]] += 1
+            context, evicted = opened
         elif start <= context.watermark and not (start < context.lowest and end >= context.watermark):
             return self._below(context, start, end) if start < context.lowest else self._above(context, start, end)
         context.lowest = context.watermark = start
         placement = self._above(context, start, end)
         return replace(placement, restarted=True, evicted=evicted)
 
+    def share(self, key: Key, source_key: Key, start: int, count: int) -> Copied | None:
+        """Begin a context with positions start..start+count-1 of another, open or closed.
+
+        None: there is no room, the source does not hold them, or the context is no new one.
+        """
+        source = self._contexts.get(source_key) or self._closed.get(source_key)
+        if source is None or key == source_key or key in self._contexts or not self._holds(source, start, count):
+            return None
+        was_closed = self._closed.pop(source_key, None) is not None  # so that its slot is not the one that is taken
+        opened = self._open(key, start)
+        if was_closed:
+            self._closed[source_key] = source  # of the closed ones, used last
+        if opened is None:
+            return None
+        context, evicted = opened
+        sources = self._rows(source, start, start + count)
+        return Copied(context, start, sources, self._above(context, start, start + count).rows, source, evicted)
+
+    def close(self, key: Key) -> None:
+        """Nobody will ask for this one any more. Unknown keys are ignored."""
+        context = self._contexts.pop(key, None)
+        if context is not None:
+            self._uncount(key[0])
+            self._closed[key] = context
+
     def held(self, context: Context) -> int:
         """How many rows of the slot are filled."""
         return context.watermark - context.lowest
 
     def free(self, key: Key) -> None:
-        """Unknown keys are ignored."""
+        """Open or closed: nothing is held of it any more. Unknown keys are ignored."""
         context = self._contexts.pop(key, None)
         if context is not None:
-            self._counts[key[0]] -= 1
-            if not self._counts[key[0]]:
-                del self._counts[key[0]]
+            self._uncount(key[0])
+        else:
+            context = self._closed.pop(key, None)
+        if context is not None:
             self._free.append(context.slot)
 
     def keys(self) -> list[Key]:
-        return list(self._contexts)
+        """Of open and closed ones."""
+        return [*self._contexts, *self._closed]
+
+    def _open(self, key: Key, start: int) -> tuple[Context, Key | None] | None:
+        """A new context without rows, and whose slot it took; None if there is no room."""
+        self.free(key)  # a closed one of this name is another request's
+        taken = self._take_slot(key[0])
+        if taken is None:
+            return None
+        slot, evicted = taken
+        self._row_of[slot] = self._row_of[slot] or [0] * self.window
+        context = self._contexts[key] = Context(slot, start, start)
+        self._counts[key[0]] += 1
+        return context, evicted
+
+    def _holds(self, context: Context, start: int, count: int) -> bool:
+        return count > 0 and context.lowest <= start and start + count <= context.watermark
+
+    def _uncount(self, link: str) -> None:
+        self._counts[link] -= 1
+        if not self._counts[link]:
+            del self._counts[link]
 
     def _above(self, context: Context, start: int, end: int) -> Placement:
         first = max(context.watermark, end - self.window)
@@ -136,6 +196,8 @@ class ContextTable:
 
     def _take_slot(self, link: str) -> tuple[int, Key | None] | None:
         """A slot for a new context of this link, and whose it was."""
+        if not self._free and self._closed:
+            self._free.append(self._closed.popitem(last=False)[1].slot)
         if self._free:
             return self._free.pop(), None
         richest, most = self._counts.most_common(1)[0]

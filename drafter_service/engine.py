@@ -20,12 +20,23 @@ import torch
 
 from cluster.errors import LinkError
 from cluster.link.face import Peer
-from cluster.link.messages import MAX_ENTRIES, PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Welcome
+from cluster.link.messages import (
+    MAX_ENTRIES,
+    PROTOCOL,
+    Draft,
+    DraftAnswer,
+    DraftAsk,
+    Heartbeat,
+    Hello,
+    Mark,
+    Share,
+    Welcome,
+)
 from drafter_service.attention import Block
 from drafter_service.blocks import BlockDrafter, BlockDrafting
 from drafter_service.config import DrafterSettings
 from drafter_service.context import MAX_POSITION, Context, ContextTable, Key
-from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost
+from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost, Shared
 from drafter_service.loading import LoadedDrafter, load_drafter
 from drafter_service.sizing import ContextSize, check_contexts
 
@@ -73,6 +84,7 @@ class DrafterEngine:
         self._moved: dict[Key, Context] = {}  # whose watermark the current pass moves
         self._turned_away: dict[Key, None] = {}  # in the current pass, for want of room
         self._counters: Counter[str] = Counter(asks=0, empty=0, evicted=0, turned_away=0, invalid=0)
+        self._counters.update(shared_rows=0, unshared=0)
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="drafter-engine", daemon=True)
@@ -97,6 +109,9 @@ class DrafterEngine:
         if self._thread is None and self._inbox.bytes > INLINE_BYTES:
             self.run_once()
         self._inbox.append(peer, context_id, start, features)
+
+    def share(self, peer: Peer, share: Share) -> None:
+        self._inbox.share(peer, share)
 
     def draft(self, peer: Peer, draft: Draft) -> None:
         refused = self._inbox.draft(peer, draft.asks)
@@ -130,8 +145,9 @@ class DrafterEngine:
     def counters(self) -> dict[str, int]:
         """asks: answered; empty: with no drafts; refused: at once, the queue being full; outdated: repeated or behind a
         newer ask, not answered; evicted: contexts that gave way to another link's; turned_away: new ones without a
-        place; invalid: appends that cannot be. On the kernels also rows: drafted, bonus tokens included; padding_rows:
-        computed beside them to fill a bucket; eager_steps: forwards that no CUDA graph held."""
+        place; invalid: appends that cannot be; shared_rows: copied from other contexts; unshared: shares whose source
+        was gone. On the kernels also rows: drafted, bonus tokens included; padding_rows: computed beside them to fill a
+        bucket; eager_steps: forwards that no CUDA graph held."""
         return {**self._counters, **self._inbox.counters, **self._drafter.counters}
 
     def load(self) -> Heartbeat:
@@ -187,6 +203,8 @@ class DrafterEngine:
             match event:
                 case Appended(context_id=context_id, start=start, features=features):
                     self._append((link_id, context_id), start, features)
+                case Shared(share=share):
+                    self._share((link_id, share.context_id), share)
                 case Asked(peer=peer, ask=ask):
                     earlier = asked.pop((link_id, ask.context_id), None)
                     if earlier is not None:
@@ -194,7 +212,7 @@ class DrafterEngine:
                     asked[link_id, ask.context_id] = event
                 case Closed(context_ids=context_ids):
                     for context_id in context_ids:
-                        self._free((link_id, context_id))
+                        self._close((link_id, context_id))
                         asked.pop((link_id, context_id), None)
                 case Dropped(context_id=context_id):
                     self._free((link_id, context_id))
@@ -218,11 +236,33 @@ class DrafterEngine:
         if placement is None:
             self._turned_away[key] = None
             return
-        if placement.evicted is not None:
-            self._moved.pop(placement.evicted, None)
-            self._tell_evicted(placement.evicted)
+        self._note_evicted(placement.evicted)
         self._drafter.pool.stage(placement, features)
         self._moved[key] = placement.context
+
+    def _share(self, key: Key, share: Share) -> None:
+        copied = self._table.share(key, (key[0], share.source), share.start, share.count)
+        peer = self._peers.get(key[0])
+        if copied is None:
+            self._counters["unshared"] += 1
+            if peer is not None:
+                peer.unshared(key[1])
+            return
+        self._note_evicted(copied.evicted)
+        pool = self._drafter.pool
+        to, of = pool.first_row(copied.context), pool.first_row(copied.source)
+        pool.copy([to + row for row in copied.rows], [of + row for row in copied.sources], copied.first)
+        self._counters["shared_rows"] += len(copied.rows)
+        self._moved[key] = copied.context
+
+    def _note_evicted(self, key: Key | None) -> None:
+        if key is not None:
+            self._moved.pop(key, None)
+            self._tell_evicted(key)
+
+    def _close(self, key: Key) -> None:
+        self._table.close(key)
+        self._moved.pop(key, None)
 
     def _free(self, key: Key) -> None:
         self._table.free(key)

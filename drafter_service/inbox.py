@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.link.face import Peer
-from cluster.link.messages import DraftAsk
+from cluster.link.messages import DraftAsk, Share
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,12 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    peer: Peer
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     peer: Peer
     context_ids: tuple[str, ...]
@@ -58,7 +64,7 @@ class Lost:
     peer: Peer
 
 
-Event = Linked | Appended | Dropped | Asked | Closed | Lost
+Event = Linked | Appended | Dropped | Shared | Asked | Closed | Lost
 
 
 class Inbox:
@@ -90,6 +96,10 @@ class Inbox:
                 return
             self.bytes += features.nbytes
             self._put(Appended(peer, context_id, start, features))
+
+    def share(self, peer: Peer, share: Share) -> None:
+        with self._changed:
+            self._put(Shared(peer, share))
 
     def draft(self, peer: Peer, asks: Sequence[DraftAsk]) -> list[DraftAsk]:
         """Asks for which there is no room: the caller answers them empty."""

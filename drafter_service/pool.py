@@ -55,6 +55,16 @@ class ContextPool:
         self._staged_slots.add(context.slot)
         self._staged_rows += count
 
+    def copy(self, rows: Sequence[int], sources: Sequence[int], first: int) -> None:
+        """Rows of the pool into others, whose positions begin at `first`. What was staged is written before."""
+        self.flush()
+        device = self._model.device
+        to, of = (torch.tensor(each, device=device) for each in (rows, sources))
+        for begin in range(0, len(rows), STAGED_ROWS):
+            own = slice(begin, begin + STAGED_ROWS)
+            self.kv.index_copy_(1, to[own], self.kv.index_select(1, of[own]))
+        self.positions.index_copy_(0, to, torch.arange(first, first + len(rows), device=device))
+
     def flush(self) -> None:
         if not self._staged:
             return

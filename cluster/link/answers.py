@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from cluster.link.messages import DraftAnswer, DraftAsk
 
 # What a drafter gone mad may make the host keep; a context that was appended to but never asked can be evicted too.
-MAX_EVICTED = 1 << 14
+MAX_EVICTED = 1 << 14  # contexts lost of either kind
 MAX_CONTEXT_ID = 1024  # characters
 
 
@@ -32,7 +32,8 @@ class AnswerBook:
         self._answers: dict[str, DraftAnswer] = {}
         self._awaited: set[str] = set()
         self._waiting = False
-        self._evicted: dict[str, None] = {}  # a set in order of arrival
+        self._evicted: dict[str, None] = {}  # sets in order of arrival
+        self._unshared: dict[str, None] = {}
         self.counters: Counter[str] = Counter(answers=0, stale=0, duplicate=0, unknown=0, invalid=0)
 
     def begin(self, epoch: int) -> None:
@@ -48,6 +49,7 @@ class AnswerBook:
             self._open.clear()
             self._awaited.clear()
             self._evicted.clear()
+            self._unshared.clear()
             self._changed.notify_all()
 
     def asked(self, asks: Sequence[DraftAsk], epoch: int) -> None:
@@ -95,16 +97,29 @@ class AnswerBook:
                 self._answers.pop(context_id, None)
 
     def evict(self, context_id: str) -> None:
-        with self._changed:
-            if len(self._evicted) < MAX_EVICTED and len(context_id) <= MAX_CONTEXT_ID:
-                self._evicted[context_id] = None
+        self._note(self._evicted, context_id)
+
+    def unshare(self, context_id: str) -> None:
+        self._note(self._unshared, context_id)
 
     def take_evicted(self) -> list[str]:
-        if not self._evicted:
+        return self._taken(self._evicted)
+
+    def take_unshared(self) -> list[str]:
+        return self._taken(self._unshared)
+
+    def _note(self, lost: dict[str, None], context_id: str) -> None:
+        with self._changed:
+            if len(lost) < MAX_EVICTED and len(context_id) <= MAX_CONTEXT_ID:
+                lost[context_id] = None
+
+    def _taken(self, lost: dict[str, None]) -> list[str]:
+        if not lost:
             return []
         with self._changed:
-            evicted, self._evicted = self._evicted, {}
-            return list(evicted)
+            taken = list(lost)
+            lost.clear()
+            return taken
 
     def _is_open(self, ask: DraftAsk) -> bool:
         return ask.context_id in self._open and self._asked[ask.context_id].base == ask.base

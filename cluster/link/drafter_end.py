@@ -32,6 +32,8 @@ from cluster.link.messages import (
     Hello,
     Mark,
     Refused,
+    Share,
+    Unshared,
     claim,
 )
 from cluster.link.planes import DTYPES, MAX_HIDDEN, RowReceiver, TcpReceiver, parted
@@ -66,6 +68,9 @@ class LinkedPeer:
 
     def evicted(self, context_id: str) -> None:
         self._send(Evicted(context_id))
+
+    def unshared(self, context_id: str) -> None:
+        self._send(Unshared(context_id))
 
     def _send(self, message: FromDrafter, hold: bool = False) -> None:
         try:
@@ -278,6 +283,8 @@ class DrafterServer:
                 for append, rows in plane.receive(message):
                     for piece, own in parted(append.pieces, rows):
                         self._handler.append(peer, piece.context_id, piece.start, own)
+            case Share():
+                self._handler.share(peer, message)
             case Draft():
                 self._handler.draft(peer, message)
             case Close():

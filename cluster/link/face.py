@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     import torch
 
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Welcome
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Share, Welcome
 
 
 class LinkState(msgspec.Struct, frozen=True):  # made several times a step, in a tenth of a dataclass's time
@@ -45,6 +45,9 @@ class VerifierLink(Protocol):
     def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         """Send context features [rows, hidden] (any float dtype; cast to the link's), piece after piece."""
 
+    def share(self, share: Share) -> None:
+        """Let a new context begin with what the drafter holds of another, in place of an append."""
+
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         """Ask for drafts of one step; earlier appends of the same contexts are applied first."""
 
@@ -58,6 +61,9 @@ class VerifierLink(Protocol):
 
     def evicted(self) -> list[str]:
         """Contexts the drafter dropped since the last call."""
+
+    def unshared(self) -> list[str]:
+        """Contexts, since the last call, of which the drafter did not have what they were to share."""
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         """Candidates "host:port", best first. The live link is kept while its address is still listed."""
@@ -78,6 +84,8 @@ class Peer(Protocol):
 
     def evicted(self, context_id: str) -> None: ...
 
+    def unshared(self, context_id: str) -> None: ...
+
 
 class DrafterHandler(Protocol):
     """The drafter's side of the protocol. Called from the link's threads: implementations only queue.
@@ -91,6 +99,8 @@ class DrafterHandler(Protocol):
 
     def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
         """Of one context: what a verifier sends together comes in as many calls."""
+
+    def share(self, peer: Peer, share: Share) -> None: ...
 
     def draft(self, peer: Peer, draft: Draft) -> None: ...
 

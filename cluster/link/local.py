@@ -8,7 +8,7 @@ import torch
 
 from cluster.link.answers import AnswerBook
 from cluster.link.face import DrafterHandler, LinkState
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece
+from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Share
 from cluster.link.planes import DTYPES, parted
 
 
@@ -28,6 +28,9 @@ class LocalPeer:
 
     def evicted(self, context_id: str) -> None:
         self._book.evict(context_id)
+
+    def unshared(self, context_id: str) -> None:
+        self._book.unshare(context_id)
 
 
 class LocalLink:
@@ -100,6 +103,10 @@ class LocalLink:
         for piece, own in parted(pieces, rows):
             self._handler.append(self._peer, piece.context_id, piece.start, own)
 
+    def share(self, share: Share) -> None:
+        if self._linked:
+            self._handler.share(self._peer, share)
+
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         self._book.asked(asks, 1)
         if self._linked and asks:
@@ -115,6 +122,9 @@ class LocalLink:
 
     def evicted(self) -> list[str]:
         return self._book.take_evicted()
+
+    def unshared(self) -> list[str]:
+        return self._book.take_unshared()
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         """Ignored: the drafter is in this process."""

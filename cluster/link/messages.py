@@ -1,4 +1,4 @@
-"""Control frames of the link between a verifier and a drafter (protocol 3): one layout, used by both ends.
+"""Control frames of the link between a verifier and a drafter (protocol 4): one layout, used by both ends.
 
 All positions are absolute token positions (0 = first prompt token). context_id = "verifier_id/request_id/choice".
 Tensor rows announced by an Append follow on the tensor plane, in the order of the Appends. What a step says of many
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_ENTRIES = 512  # contexts of one frame, at most: with the longest ids, a control frame holds so many
 
 
@@ -70,6 +70,17 @@ class Append(msgspec.Struct, frozen=True, tag="append"):
     pieces: tuple[Piece, ...]
 
 
+class Share(msgspec.Struct, frozen=True, tag="share"):
+    """Verifier -> drafter: positions start .. start+count-1 of this new context are those of context `source`, which is
+    open or was closed: their tokens are the same from the first on. An Unshared answers it where they are gone.
+    """
+
+    context_id: str
+    source: str
+    start: int
+    count: int
+
+
 class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Features of a context are held for all positions below `watermark` (within the window)."""
 
@@ -114,13 +125,19 @@ class Drafted(msgspec.Struct, frozen=True, tag="drafted"):
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
-    """Verifier -> drafter: these contexts are done."""
+    """Verifier -> drafter: these contexts are done. Others may share what they hold, until its room is needed."""
 
     context_ids: tuple[str, ...]
 
 
 class Evicted(msgspec.Struct, frozen=True, tag="evicted"):
     """Drafter -> verifier: this context was dropped for want of room; append again to draft for it."""
+
+    context_id: str
+
+
+class Unshared(msgspec.Struct, frozen=True, tag="unshared"):
+    """Drafter -> verifier: what this context was to share is not held any more; append it."""
 
     context_id: str
 
@@ -139,5 +156,5 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     seconds: float = 0.0
 
 
-FromVerifier = Hello | Append | Draft | Close | Heartbeat
-FromDrafter = Welcome | Refused | Ack | Drafted | Evicted | Credit | Heartbeat
+FromVerifier = Hello | Append | Share | Draft | Close | Heartbeat
+FromDrafter = Welcome | Refused | Ack | Drafted | Evicted | Unshared | Credit | Heartbeat

@@ -34,6 +34,8 @@ from cluster.link.messages import (
     Heartbeat,
     Hello,
     Piece,
+    Share,
+    Unshared,
 )
 from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, appends, row_bytes
 from cluster.link.pump import Pump
@@ -161,6 +163,11 @@ class RemoteLink:
             session.plane.send(append, features[first : first + count])
             first += count
 
+    def share(self, share: Share) -> None:
+        session = self._live()
+        if session is not None:
+            session.connection.send(self._codec.pack(share), hold=True)
+
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         session = self._live()
         self._book.asked(asks, session.epoch if session else 0)
@@ -180,6 +187,9 @@ class RemoteLink:
 
     def evicted(self) -> list[str]:
         return self._book.take_evicted()
+
+    def unshared(self) -> list[str]:
+        return self._book.take_unshared()
 
     def set_drafters(self, addresses: Sequence[str]) -> None:
         with self._changed:
@@ -264,6 +274,8 @@ class RemoteLink:
                 session.plane.granted(message.bytes)
             case Evicted():
                 self._book.evict(message.context_id)
+            case Unshared():
+                self._book.unshare(message.context_id)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} in the middle of an epoch")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from cluster.link.face import LinkState, Peer
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Piece, Welcome
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Piece, Share, Welcome
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.plan import StepPlan
 
@@ -92,6 +92,12 @@ class NullLink:
     def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         return
 
+    def share(self, share: Share) -> None:
+        return
+
+    def unshared(self) -> list[str]:
+        return []
+
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         return
 
@@ -124,6 +130,9 @@ class NullDrafter:
         return
 
     def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
+        return
+
+    def share(self, peer: Peer, share: Share) -> None:
         return
 
     def draft(self, peer: Peer, draft: Draft) -> None:

@@ -24,6 +24,7 @@ class RecordingPeer:
         self.frames: list[list[DraftAnswer]] = []
         self.acks: list[tuple[str, int]] = []
         self.gone: list[str] = []
+        self.not_shared: list[str] = []
         self.acked = threading.Event()
         self.hold = threading.Event()
         self.hold.set()
@@ -41,6 +42,9 @@ class RecordingPeer:
 
     def evicted(self, context_id: str) -> None:
         self.gone.append(context_id)
+
+    def unshared(self, context_id: str) -> None:
+        self.not_shared.append(context_id)
 
     @property
     def answers(self) -> list[DraftAnswer]:

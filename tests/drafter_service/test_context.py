@@ -91,6 +91,69 @@ def test_no_two_contexts_share_a_slot_and_no_slot_is_lost(appends, slots):
         assert placed(table, ("link", f"new {i}"), 0, 1).evicted is None
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(2, 12), st.integers(1, 4))
+def test_a_shared_context_holds_the_rows_of_its_source_and_every_slot_has_one_owner(data, window, slots):
+    table = ContextTable(slots, window)
+    held: dict[int, dict[int, int]] = {}
+    for _ in range(30):
+        key, source = data.draw(st.sampled_from(KEYS)), data.draw(st.sampled_from(KEYS))
+        start, count = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 15))
+        match data.draw(st.sampled_from(["append", "share", "share", "close", "free"])):
+            case "append":
+                place(table, held, key, start, count)
+            case "share":
+                share(table, held, key, source, start, count)
+            case "close":
+                table.close(key)
+            case "free":
+                table.free(key)
+        for context in contexts(table):
+            assert set(held[context.slot].values()) == set(range(context.lowest, context.watermark))
+        assert len(table.keys()) == len(set(table.keys())) <= slots
+    for key in KEYS:
+        table.free(key)
+    for i in range(slots):
+        assert table.append(("link", f"new {i}"), 0, 1) is not None
+
+
+def share(table: ContextTable, held: dict[int, dict[int, int]], key: Key, of: Key, start: int, count: int) -> None:
+    was_open = key in table
+    copied = table.share(key, of, start, count)
+    if copied is None:
+        assert (key in table) == was_open
+        return
+    assert not was_open
+    assert copied.context.slot != copied.source.slot
+    theirs = held[copied.source.slot]
+    assert [theirs[row] for row in copied.sources] == list(range(start, start + count))
+    held[copied.context.slot] = dict(zip(copied.rows, range(copied.first, start + count), strict=True))
+
+
+def test_what_a_closed_context_held_is_shared_until_its_slot_is_needed():
+    table = ContextTable(3, 8)
+    for name in "abc":
+        placed(table, ("l", name), 0, 6)
+        table.close(("l", name))
+    copied = table.share(("l", "d"), ("l", "a"), 0, 6)  # takes the slot of b, which was closed first of the others
+    assert copied is not None
+    assert table.share(("l", "e"), ("l", "b"), 0, 6) is None
+    assert table.share(("l", "e"), ("l", "c"), 2, 3) is not None
+
+
+def test_only_what_is_held_is_shared_and_only_with_a_new_context():
+    table = ContextTable(4, 8)
+    placed(table, ("l", "a"), 0, 12)  # 4..11 are held
+    placed(table, ("l", "b"), 0, 3)
+    assert table.share(("l", "c"), ("l", "a"), 3, 4) is None
+    assert table.share(("l", "c"), ("l", "a"), 8, 5) is None
+    assert table.share(("l", "c"), ("m", "a"), 4, 4) is None
+    assert table.share(("l", "b"), ("l", "a"), 4, 4) is None
+    assert table.share(("l", "a"), ("l", "a"), 4, 4) is None
+    assert table.share(("l", "c"), ("l", "a"), 4, 0) is None
+    assert table.share(("l", "c"), ("l", "a"), 4, 8) is not None
+
+
 def test_a_link_alone_keeps_what_it_has():
     table = ContextTable(2, 8)
     placed(table, ("l", "a"), 0, 3)

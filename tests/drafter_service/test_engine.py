@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cluster.link.messages import Draft, DraftAsk
+from cluster.link.messages import Draft, DraftAsk, Share
 from drafter_service.engine import DrafterEngine
 from tests.drafter_service import paper
 from tests.drafter_service.pairs import BLOCK, MASK, VOCABULARY, settings_for
@@ -158,6 +158,30 @@ def test_a_context_that_comes_newest_first_drafts_at_once_and_in_the_end_as_if_i
     engine.append(peer, "a", CONTEXT, more)
     engine.append(peer, "a", 0, rows[:9])
     assert_same(ask_for(engine, peer, "a", CONTEXT + 3), drafted_once(engine, peer, torch.cat([rows, more])))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_context_that_shares_a_prefix_drafts_as_if_all_of_it_had_been_appended(engine, peer, closed):
+    rows, own = features(CONTEXT), features(5, seed=9)
+    engine.append(peer, "source", 0, rows)
+    if closed:
+        engine.close_contexts(peer, ["source"])
+    engine.share(peer, Share("a", "source", 2, CONTEXT - 6))
+    engine.append(peer, "a", CONTEXT - 4, own)
+    shared = ask_for(engine, peer, "a", CONTEXT + 1)
+    assert peer.not_shared == []
+    assert_same(shared, drafted_once(engine, peer, torch.cat([rows[2 : CONTEXT - 4], own]), start=2))
+    if not closed:
+        assert_same(ask_for(engine, peer, "source", CONTEXT), drafted_once(engine, peer, rows))
+
+
+def test_a_context_whose_source_is_gone_is_told_and_can_be_appended(engine, peer):
+    rows = features(CONTEXT)
+    engine.share(peer, Share("a", "unknown", 0, CONTEXT))
+    assert ask_for(engine, peer, "a", CONTEXT - 1).token_ids == ()
+    assert peer.not_shared == ["a"]
+    engine.append(peer, "a", 0, rows)
+    assert_same(ask_for(engine, peer, "a", CONTEXT), drafted_once(engine, peer, rows))
 
 
 def test_a_lost_verifier_frees_its_contexts_and_nobody_elses(engine, peer):

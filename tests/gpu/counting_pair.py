@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.link.face import LinkState, VerifierLink
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
 from drafter_service.model import DFlashModel
 from modeling.dflash_config import DFlashConfig
 from tests.gpu.random_target import cut
@@ -93,6 +93,12 @@ class ForcedLink:
 
     def append(self, pieces: Sequence[Piece], features: torch.Tensor) -> None:
         self._link.append(pieces, features)
+
+    def share(self, share: Share) -> None:
+        self._link.share(share)
+
+    def unshared(self) -> list[str]:
+        return self._link.unshared()
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         self._link.ask(asks)

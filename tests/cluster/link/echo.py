@@ -24,6 +24,7 @@ from cluster.link.messages import (
     Hello,
     Mark,
     Piece,
+    Share,
     Welcome,
     claim,
 )
@@ -49,6 +50,7 @@ class Echo:
         self.lost_peers: list[Any] = []
         self.features: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self.asks: list[DraftAsk] = []
+        self.order: list[str | Share] = []  # contexts appended to, and what is shared
         self.closed: list[str] = []
 
     def hello(self, hello: Hello) -> Welcome:
@@ -59,8 +61,13 @@ class Echo:
         self.peers.append(peer)
 
     def append(self, peer: Peer, context_id: str, start: int, features: torch.Tensor) -> None:
+        self.order.append(context_id)
         self.features.setdefault(context_id, []).append((start, features))
         peer.ack([Mark(context_id, start + len(features))])
+
+    def share(self, peer: Peer, share: Share) -> None:
+        self.order.append(share)
+        peer.unshared(share.context_id)
 
     def draft(self, peer: Peer, draft: Draft) -> None:
         self.asks.extend(draft.asks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.link.local import LocalLink
-from cluster.link.messages import DraftAsk, Heartbeat, Piece
+from cluster.link.messages import DraftAsk, Heartbeat, Piece, Share
 from tests.cluster.link.echo import HIDDEN, Echo, append, connect, echoed, eventually, serve
 
 
@@ -94,6 +94,26 @@ def test_closed_contexts_reach_the_drafter(pair):
     link, handler = pair()
     link.close_contexts(["v/a/0", "v/b/0"])
     eventually(lambda: handler.closed == ["v/a/0", "v/b/0"])
+
+
+def test_what_a_context_shares_reaches_the_drafter_between_the_appends_around_it_and_a_refusal_comes_back(pair):
+    link, handler = pair()
+    features, share = torch.randn(4, HIDDEN), Share("v/b/0", "v/a/0", 0, 4)
+    append(link, "v/a/0", 0, features)
+    link.share(share)
+    append(link, "v/b/0", 4, features)
+    link.ask([DraftAsk("v/b/0", 8, 7, 2)])
+    eventually(lambda: handler.asks)
+    assert handler.order == ["v/a/0", share, "v/b/0"]
+    unshared: list[str] = []
+
+    def heard() -> bool:
+        unshared.extend(link.unshared())
+        return bool(unshared)
+
+    eventually(heard)
+    assert unshared == ["v/b/0"]
+    assert link.unshared() == []
 
 
 def test_an_evicted_context_is_reported_once(pair):
