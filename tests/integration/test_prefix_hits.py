@@ -64,5 +64,6 @@ def test_accepted_lengths_after_a_hit_equal_those_after_a_miss():
         engine.stop()
     counters = engines[True].status().counters
     assert counters["prefix_hit_tokens"] > 0.7 * counters["prefix_queried_tokens"] - len(first)
+    assert counters["context_tokens_shared"] > 0.7 * counters["prefix_hit_tokens"], "the drafter was sent them again"
     assert counters["accepted_tokens"] > 0.3 * counters["output_tokens"]
     assert said[True] == said[False]

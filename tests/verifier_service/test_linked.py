@@ -11,7 +11,7 @@ import torch
 
 from cluster.contracts import SamplingParams
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
 from cluster.link.planes import parted
 from tests.verifier_service.test_engine import MODEL, Inbox, expected, make_engine, request, running
 from verifier_service.control import PLAIN_FIRST, SpeculationControl
@@ -48,7 +48,10 @@ class CheckedLink:
         self.closed: set[str] = set()
         self.silent = False
         self.queued_bytes = 0
-        self.rows = 0
+        self.rows = self.shared = 0
+        self.over: dict[str, dict[int, int]] = {}  # what closed contexts held
+        self.forgetful = False  # nothing can be shared
+        self.not_shared: list[str] = []
 
     @property
     def state(self) -> LinkState:
@@ -68,6 +71,22 @@ class CheckedLink:
             assert position not in context, "sent twice in one epoch"
             context[position] = int(token)
         self.rows += features.shape[0]
+
+    def share(self, share: Share) -> None:
+        rows = {**self.over, **self.contexts}.get(share.source, {})
+        wanted = range(share.start, share.start + share.count)
+        assert share.context_id not in self.contexts, "only a new context shares"
+        if not self.forgetful and all(position in rows for position in wanted):
+            self.contexts[share.context_id] = {position: rows[position] for position in wanted}
+            self.shared += share.count
+        else:
+            self.not_shared.append(share.context_id)
+
+    def unshared(self) -> list[str]:
+        lost, self.not_shared = self.not_shared, []
+        for context_id in lost:
+            self.contexts.pop(context_id, None)  # what came meanwhile is sent with the rest
+        return lost
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         for ask in asks:
@@ -93,7 +112,7 @@ class CheckedLink:
     def close_contexts(self, context_ids: Sequence[str]) -> None:
         self.closed.update(context_ids)
         for context_id in context_ids:
-            self.contexts.pop(context_id, None)
+            self.over[context_id] = self.contexts.pop(context_id, {})
 
     def evicted(self) -> list[str]:
         lost, self._lost = self._lost, []
@@ -109,6 +128,7 @@ class CheckedLink:
 
     def begin_epoch(self) -> None:
         self.contexts.clear()
+        self.over.clear()
         self.answers.clear()
         self._epoch += 1
         self._linked = True

@@ -1,5 +1,6 @@
 """Requests as the drafter knows them: whose context features are sent, and of which positions.
 
+A request that begins with the same tokens as another shares what the drafter has of that one: it is sent once.
 New features follow each step. A context that the drafter knows nothing of any more is sent from the store, the newest
 features first: drafts can begin at once, and get better as the older ones come, so many rows a step.
 """
@@ -14,10 +15,12 @@ from typing import Protocol
 import torch
 
 from cluster.link.face import LinkState, VerifierLink
-from cluster.link.messages import DraftAsk, Piece
-from verifier_service.feature_pages import PageTable, Parts
+from cluster.link.messages import Piece, Share
+from verifier_service.feature_pages import Parts
 from verifier_service.features import FeatureStore, spans
+from verifier_service.proposers.context import Context
 from verifier_service.proposers.room import Room
+from verifier_service.proposers.sources import ClosedSources, best_source
 from verifier_service.sequence import Key, Progress, RunningRequest
 
 UNSENT_BYTES = 8 << 20  # while so much waits for the drafter, features go to the store only and are caught up later
@@ -36,30 +39,6 @@ class Fuser(Protocol):
     def block_size(self) -> int: ...
 
     def __call__(self, taps: torch.Tensor) -> torch.Tensor: ...
-
-
-@dataclass(slots=True, eq=False)
-class Context:
-    """One request. limit: drafts it may be asked for; 0 = none, and nothing is sent.
-
-    table: where its features are in the store.
-    placed: the drafter has room for it. sent: features of positions lowest..sent-1 were sent in this epoch.
-    asked: the ask that is not answered yet, or None.
-    """
-
-    sequence: RunningRequest
-    context_id: str
-    limit: int
-    table: PageTable
-    placed: bool = False
-    lowest: int = 0
-    sent: int = 0
-    asked: DraftAsk | None = None
-
-    @property
-    def missing(self) -> int:
-        """Tokens whose features would have to be sent before an ask."""
-        return self.sequence.computed - self.sent
 
 
 @dataclass(slots=True)
@@ -89,7 +68,7 @@ class Contexts:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._link, self._fuser, self._store = link, fuser, store
-        self._verifier_id = verifier_id
+        self._verifier_id, self._block_tokens = verifier_id, store.pages.page_tokens
         self._clock = clock
         self._window = window
         self._room = Room()
@@ -101,7 +80,8 @@ class Contexts:
         self._incomplete: dict[Context, None] = {}  # older features are missing; an ordered set
         self._unfused = Unfused()
         self._withheld = False  # features went to the store only since the last that were sent
-        self.tokens_sent = 0
+        self._closed = ClosedSources()
+        self.tokens_sent = self.tokens_shared = 0
 
     def of(self, progress: Sequence[Progress]) -> list[Context | None]:
         """For each of them its context, which begins here if it is new; None: it is over, or never drafted for."""
@@ -127,6 +107,7 @@ class Contexts:
         """Nothing that was sent before is there."""
         self._window = state.window or self._window
         self._room.begin(state.capacity_contexts)
+        self._closed.begin(state.capacity_contexts)
         self._taken = 0
         self._unplaced.clear()
         self._lagging.clear()
@@ -150,6 +131,14 @@ class Contexts:
             self._room.turned_away(self._taken, self._clock())
             self._link.close_contexts([context.context_id])  # what is on its way to the drafter is in vain
 
+    def unshared(self, context: Context) -> None:
+        """The drafter did not have what this one was to share: it is sent."""
+        self._closed.drop(context.source)
+        context.sent = context.hit = 0
+        self._incomplete.pop(context, None)
+        if context.placed:
+            self._lagging.add(context)
+
     def forget(self, sequences: Sequence[RunningRequest]) -> list[Context]:
         """These requests are over; their contexts, where there were any."""
         gone = []
@@ -163,6 +152,8 @@ class Contexts:
                 self._incomplete.pop(context, None)
                 self._unplaced.pop(context, None)
                 self._taken -= context.placed
+                if context.placed and context.sent:
+                    self._closed.add(context.as_source(self._window), self._block_tokens)
         # What was not sent in this epoch may still be known by its asks.
         if known := [context.context_id for context in gone if context.limit]:
             self._link.close_contexts(known)
@@ -216,6 +207,8 @@ class Contexts:
                 if begin < stop:
                     pieces.append(Piece(owner.context_id, begin, stop - begin))
                     sent.append(fused + begin - start - first)
+                    if not owner.sent:
+                        owner.lowest = begin
                     owner.sent = stop
             sources.append(p.row + first)
             counts.append(kept - first)
@@ -284,8 +277,10 @@ class Contexts:
         sequence, pages = context.sequence, self._store.pages
         wanted = start - max(len(sequence.tokens) - self._window, 0)
         found = wanted > 0 and pages.adopt(context.table, sequence.hashes[: start // pages.page_tokens], wanted)
-        if found and context.placed:
-            self._lagging.add(context)
+        if found:
+            context.hit = start
+            if context.placed:
+                self._lagging.add(context)
 
     def _begin(self, sequence: RunningRequest) -> Context:
         own = sequence.request.max_draft_tokens
@@ -293,6 +288,7 @@ class Contexts:
         request_id, choice = sequence.key
         table = self._store.pages.of(sequence.key)
         context = Context(sequence, f"{self._verifier_id}/{request_id}/{choice}", limit, table)
+        self._closed.drop(context.context_id)
         self._held[sequence.key] = self._by_id[context.context_id] = context
         if limit:
             self._unplaced[context] = None
@@ -313,12 +309,32 @@ class Contexts:
     def _send_newest(self, context: Context) -> int:
         """What follows the features that were sent, or the newest if there are none. Returns the number of rows."""
         end = context.table.end
+        if not context.sent:
+            self._share(context)
         if context.sent:
             return self._send_stored(context, context.sent, end)
         count = self._send_stored(context, end - min(NEWEST_ROWS, self._window), end)
         context.lowest = end - count
         self._incomplete[context] = None
         return count
+
+    def _share(self, context: Context) -> None:
+        """Let it begin with the rows of another that has the same prefix, if the drafter may hold such a one."""
+        if not context.hit:
+            return
+        block = context.hit // self._block_tokens - 1
+        name = context.sequence.hashes[block]
+        others = [each.as_source(self._window) for each in self._held.values() if each.placed and each.sent]
+        source = best_source([*others, *self._closed.all()], block, name, context.hit, self._block_tokens)
+        if source is None:
+            return
+        start = max(source.first, context.table.end - self._window)
+        if start >= context.hit:
+            return
+        self._link.share(Share(context.context_id, source.context_id, start, context.hit - start))
+        self.tokens_shared += context.hit - start
+        context.source, context.lowest, context.sent = source.context_id, start, context.hit
+        self._incomplete[context] = None
 
     def _send_older(self, context: Context) -> int:
         """A piece below what was sent. Returns the number of rows."""

@@ -15,7 +15,8 @@ from verifier_service.acceptance import still_to_come
 from verifier_service.block_hashes import BlockHash
 from verifier_service.control import SpeculationControl
 from verifier_service.features import FeatureStore
-from verifier_service.proposers.contexts import Context, Contexts, Fuser
+from verifier_service.proposers.context import Context
+from verifier_service.proposers.contexts import Contexts, Fuser
 from verifier_service.proposers.face import ProposerState
 from verifier_service.proposers.patience import Patience
 from verifier_service.sequence import Progress, RunningRequest
@@ -137,6 +138,7 @@ class LinkProposer:
         counters = {
             **self._counters,
             "context_tokens": float(self._contexts.tokens_sent),
+            "context_tokens_shared": float(self._contexts.tokens_shared),
             "link_bytes": float(state.sent_bytes),
             "feature_bytes": float(self._store.bytes),
             "block_feature_bytes": float(self._store.block_bytes),
@@ -159,6 +161,9 @@ class LinkProposer:
             if (lost := self._contexts.named(context_id)) is not None:
                 self._contexts.turned_away(lost)
                 self._late.discard(lost)
+        for context_id in self._link.unshared():
+            if (lost := self._contexts.named(context_id)) is not None:
+                self._contexts.unshared(lost)
 
     def _most(self, state: LinkState, ready: bool) -> int:
         """Drafts to ask for each request now; 0 = none. Decides whether to rest, where there is something to decide."""
