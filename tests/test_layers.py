@@ -87,6 +87,7 @@ POLICY = (
     "verifier_service/plan.py",
     "verifier_service/proposers/patience.py",
     "verifier_service/proposers/room.py",
+    "verifier_service/proposers/sources.py",
     "verifier_service/block_hashes.py",
     "verifier_service/checkpoints.py",
     "verifier_service/prefill_shares.py",
