@@ -76,7 +76,7 @@ class Contexts:
         self._held: dict[Key, Context] = {}
         self._by_id: dict[str, Context] = {}
         self._unplaced: dict[Context, None] = {}  # an ordered set
-        self._lagging: set[Context] = set()
+        self._lagging: dict[Context, None] = {}  # an ordered set
         self._incomplete: dict[Context, None] = {}  # older features are missing; an ordered set
         self._unfused = Unfused()
         self._withheld = False  # features went to the store only since the last that were sent
@@ -122,7 +122,7 @@ class Contexts:
     def turned_away(self, context: Context) -> None:
         """The drafter holds nothing of this one, for want of room: it loses its place."""
         context.sent, context.asked = 0, None
-        self._lagging.discard(context)
+        self._lagging.pop(context, None)
         self._incomplete.pop(context, None)
         if context.placed:
             context.placed = False
@@ -137,7 +137,7 @@ class Contexts:
         context.sent = context.hit = 0
         self._incomplete.pop(context, None)
         if context.placed:
-            self._lagging.add(context)
+            self._lagging[context] = None
 
     def forget(self, sequences: Sequence[RunningRequest]) -> list[Context]:
         """These requests are over; their contexts, where there were any."""
@@ -148,7 +148,7 @@ class Contexts:
             if context is not None:
                 gone.append(context)
                 del self._by_id[context.context_id]
-                self._lagging.discard(context)
+                self._lagging.pop(context, None)
                 self._incomplete.pop(context, None)
                 self._unplaced.pop(context, None)
                 self._taken -= context.placed
@@ -170,7 +170,7 @@ class Contexts:
         """
         send = send and self._link.queued_bytes < UNSENT_BYTES
         if send and self._withheld:
-            self._lagging.update(c for c in self._held.values() if c.placed and c.sent < c.table.end)
+            self._lagging.update((c, None) for c in self._held.values() if c.placed and c.sent < c.table.end)
         self._withheld = not send
         if self._unfused.rows and self._unfused.rows + taps.shape[0] > UNFUSED_ROWS:
             self._fuse()
@@ -228,10 +228,10 @@ class Contexts:
         if self._unplaced:
             self._place()
         left = REBUILD_ROWS
-        lagging = self._lagging if chosen is None else self._lagging.intersection(chosen)
-        while lagging and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
-            context = lagging.pop()
-            self._lagging.discard(context)
+        for context in list(self._lagging) if chosen is None else [c for c in chosen if c in self._lagging]:
+            if left <= 0 or self._link.queued_bytes >= UNSENT_BYTES:
+                break
+            del self._lagging[context]
             left -= self._send_newest(context)
         while self._incomplete and left > 0 and self._link.queued_bytes < UNSENT_BYTES:
             left -= self._send_older(next(iter(self._incomplete)))
@@ -268,7 +268,7 @@ class Contexts:
         if not context.placed or context in self._lagging or stop <= context.sent:
             return stop  # no room for it; caught up below, from the store; or computed again after a preemption
         if context.sent and start > context.sent:
-            self._lagging.add(context)
+            self._lagging[context] = None
             return stop
         return max(start, context.sent)
 
@@ -280,7 +280,7 @@ class Contexts:
         if found:
             context.hit = start
             if context.placed:
-                self._lagging.add(context)
+                self._lagging[context] = None
 
     def _begin(self, sequence: RunningRequest) -> Context:
         own = sequence.request.max_draft_tokens
@@ -304,7 +304,7 @@ class Contexts:
             context.placed = True
             self._taken += 1
             if context.table.end:
-                self._lagging.add(context)
+                self._lagging[context] = None
 
     def _send_newest(self, context: Context) -> int:
         """What follows the features that were sent, or the newest if there are none. Returns the number of rows."""
