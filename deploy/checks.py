@@ -37,7 +37,9 @@ def fitting(application: Application, target: Path, checkpoint: Path | None) -> 
     Raises ConfigError if they do not fit each other or the settings.
     """
     paths = {"target": str(target)} | ({"drafter": str(checkpoint)} if checkpoint is not None else {})
-    found = application.verifier.model_copy(update=paths)
+    speculation = application.verifier.speculation
+    tables = {name: _table(name, getattr(speculation, name)) for name in ("step_table", "draft_table")}
+    found = application.verifier.model_copy(update={**paths, "speculation": speculation.model_copy(update=tables)})
     check_fit(found)
     _check_device("verifier", "rank_resources", found.device, found.bundles[1])
     if application.drafter is None:
@@ -78,6 +80,20 @@ def _directory(key: str, given: str) -> Path:
     if not any(found.glob("*.safetensors")):
         raise ConfigError(f"{key} is {given!r}, but {found} holds no *.safetensors file: the weights are missing")
     return found.resolve()
+
+
+def _table(name: str, given: str | None) -> str | None:
+    """Where the file is, looked up as checkpoints are."""
+    if given is None:
+        return None
+    found = next((candidate for candidate in _places(given) if candidate.is_file()), None)
+    if found is None:
+        places = " nor ".join(str(candidate) for candidate in dict.fromkeys(_places(given)))
+        raise ConfigError(
+            f"verifier.speculation.{name} is {given!r}, but there is no file {places}: give a table as "
+            "`paceline bench steps` writes it, or leave the key out"
+        )
+    return str(found.resolve())
 
 
 def _check_device(section: str, key: str, device: str, bundle: dict[str, float]) -> None:

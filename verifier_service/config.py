@@ -56,6 +56,12 @@ class SpeculationSettings(Strict):
     adaptive: bool = Field(
         True, description="choose the number of drafts from measured acceptance and step times; false = always the most"
     )
+    step_table: str | None = Field(
+        None,
+        description="file of measured verify steps (deploy/steps/README.md), by which `paceline plan` and `paceline "
+        "simulate` price steps; null = estimated",
+    )
+    draft_table: str | None = Field(None, description="the same of drafts")
 
 
 class VerifierSettings(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.errors import ConfigError
 from modeling.dflash_config import DFlashConfig, DraftCheckpointError
@@ -12,6 +13,7 @@ from modeling.kernel_choice import wants_triton
 from modeling.pair import PairError, check_pair
 from modeling.target_config import TargetConfig, read_target_config
 from verifier_service.config import VerifierSettings
+from verifier_service.step_tables.tables import read_draft_table, read_verify_table
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ def check_fit(settings: VerifierSettings) -> Fit:
             f"verifier.max_context is {settings.max_context}, but {target.directory} was made for "
             f"{target.max_context} positions: lower it or leave it out"
         )
-    if settings.speculation.mode == "none" or settings.drafter is None:
+    speculation = settings.speculation
+    if speculation.step_table is not None:
+        read_verify_table(Path(speculation.step_table))
+    if speculation.mode == "none" or settings.drafter is None:
         return Fit(target, None)
     try:
         drafter = DFlashConfig.load(settings.drafter)
@@ -47,4 +52,6 @@ def check_fit(settings: VerifierSettings) -> Fit:
         raise ConfigError(f"verifier.drafter: {error}") from error
     except PairError as error:
         raise ConfigError(f"verifier.drafter does not fit verifier.target: {error}") from error
+    if speculation.draft_table is not None:
+        read_draft_table(Path(speculation.draft_table)).check_block(drafter.block_size, speculation.draft_table)
     return Fit(target, drafter)

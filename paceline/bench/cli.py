@@ -148,6 +148,50 @@ def host(
 
 
 @app.command()
+def steps(
+    out: Annotated[Path, typer.Argument(help="folder for the tables")],
+    target: Annotated[Path, typer.Option(help="target checkpoint directory")] = Path("models/tiny/target"),
+    drafter: Annotated[Path, typer.Option(help="DFlash checkpoint directory")] = Path("models/tiny/drafter"),
+    concurrency: Concurrency = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="tokens of a request in a step; default: 1, 2, 4, .. a block")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(min=4, help="tokens of prompt; default: 128")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of the target")] = 1,
+    count: Annotated[int, typer.Option("--steps", min=4, help="of each measurement")] = 24,
+    repeat: Annotated[int, typer.Option(min=1, help="interleaved repeats; medians are written")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+) -> None:
+    """Time the steps and drafts of a running pair by requests, rows and context, and write the tables that
+    `paceline simulate` and a verifier's `speculation.step_table` read."""
+    from modeling.dflash_config import DFlashConfig
+    from paceline.bench.steps import StepsOptions, measure, write
+    from paceline.progress import bar
+
+    options = StepsOptions(
+        target=target,
+        drafter=drafter,
+        concurrency=tuple(concurrency or CONCURRENCY),
+        rows=tuple(rows or ()),
+        contexts=tuple(context or (128,)),
+        tensor_parallel=tensor_parallel,
+        device=device,
+        dtype=dtype,
+        steps=count,
+        repeats=repeat,
+    )
+    try:
+        total = repeat * len(options.sizes(DFlashConfig.load(drafter).block_size))
+        with bar("measurements", total) as advance:
+            tables = measure(options, advance)
+    except PacelineError as error:
+        _fail(error)
+    for path in write(out, tables):
+        typer.echo(path)
+
+
+@app.command()
 def cache(
     target: Annotated[Path, typer.Option(help="target checkpoint directory")] = Path("models/tiny/target"),
     drafter: Annotated[Path, typer.Option(help="DFlash checkpoint directory")] = Path("models/tiny/drafter"),

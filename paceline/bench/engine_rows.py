@@ -36,8 +36,10 @@ class EngineSetup:
     temperature: float
     stop_token_ids: frozenset[int]
 
-    def verifier(self, mode: str, deterministic: bool = False) -> VerifierSettings:
-        """mode: as in SpeculationSettings. Room for all requests at their full length, a block to spare for each."""
+    def verifier(self, mode: str, deterministic: bool = False, **speculation: object) -> VerifierSettings:
+        """mode, speculation: as in SpeculationSettings. Room for all requests at their full length, a block to spare
+        for each.
+        """
         return VerifierSettings.model_validate(
             {
                 "target": str(self.target),
@@ -49,7 +51,7 @@ class EngineSetup:
                 "device": self.device,
                 "max_requests": self.requests,
                 "kv_cache_tokens": self.requests * (self.context + 64),
-                "speculation": SpeculationSettings.model_validate({"mode": mode}),
+                "speculation": SpeculationSettings.model_validate({"mode": mode, **speculation}),
                 "link": LinkSettings.model_validate({"dtype": self.dtype}),
             }
         )

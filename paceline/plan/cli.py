@@ -23,6 +23,8 @@ def plan(
         str | None, typer.Option(help="which of deploy/architectures the target is, if its checkpoint is not here")
     ] = None,
     drafter_architecture: Annotated[str | None, typer.Option(help="the same for the drafter's checkpoint")] = None,
+    steps: Annotated[Path | None, typer.Option(help="table of measured verify steps; default: the file's")] = None,
+    drafts: Annotated[Path | None, typer.Option(help="table of measured drafts; default: the file's")] = None,
     acceptance: Annotated[float | None, typer.Option(help="tokens a step with whole blocks; default: 4")] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens of context of a request")] = 4096,
     concurrency: Annotated[
@@ -39,7 +41,7 @@ def plan(
     if not console.is_terminal:
         console.width = WIDTH
     try:
-        inputs = read_inputs(file, Options(gpu, drafter_gpu, architecture, drafter_architecture))
+        inputs = read_inputs(file, Options(gpu, drafter_gpu, architecture, drafter_architecture, steps, drafts))
         made = make_plan(str(file), inputs, Assumed(acceptance, context, tuple(concurrency or ())))
         if json_file is not None:
             _write(json_file, made.as_json())

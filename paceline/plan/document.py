@@ -13,8 +13,9 @@ from paceline.plan.fit import Problem, drafter_problems, verifier_problems
 from paceline.plan.memory import DrafterMemory, Limits, RankMemory, drafter_memory, rank_memory
 from paceline.plan.notes import notes
 from paceline.plan.pool import Load, Pair, Workload
+from paceline.plan.pricing import draft_times, target_times
 from paceline.plan.reading import Draft, Inputs, Source
-from paceline.plan.timing import TargetCost, acceptance_rate
+from paceline.plan.timing import acceptance_rate
 
 USUAL_ACCEPTANCE = 4.0  # tokens a step with whole blocks, of a drafter that suits its traffic
 CONCURRENCY = (1, 4, 16, 64, 256, 1024)
@@ -87,7 +88,9 @@ class LinkPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """fits: no problem was found. loads are empty where GPUs are unknown or nothing is drafted."""
+    """fits: no problem was found. loads are empty where seconds are unknown or nothing is drafted. priced: what seconds
+    of steps and drafts are from.
+    """
 
     file: str
     model_name: str
@@ -101,6 +104,7 @@ class Plan:
     acceptance: float
     context: int
     loads: tuple[Load, ...]
+    priced: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; properties that people ask for included."""
@@ -147,7 +151,8 @@ def make_plan(file: str, inputs: Inputs, assumed: Assumed) -> Plan:
         link=_link(application, draft),
         acceptance=acceptance,
         context=assumed.context,
-        loads=() if draft is None else _loads(inputs, draft, target, acceptance, assumed),
+        loads=() if draft is None else _loads(inputs, draft, acceptance, assumed),
+        priced=() if draft is None else _priced(inputs, draft),
     )
 
 
@@ -252,11 +257,16 @@ def _link(application: Application, draft: Draft | None) -> LinkPlan | None:
     )
 
 
-def _loads(inputs: Inputs, draft: Draft, target: TargetPlan, acceptance: float, assumed: Assumed) -> tuple[Load, ...]:
-    if inputs.gpu is None or draft.gpu is None:
+def _priced(inputs: Inputs, draft: Draft) -> tuple[str, ...]:
+    times = (("steps", target_times(inputs)), ("drafts", draft_times(draft)))
+    return tuple(f"{what} {found.title}" for what, found in times if found is not None)
+
+
+def _loads(inputs: Inputs, draft: Draft, acceptance: float, assumed: Assumed) -> tuple[Load, ...]:
+    target, own = target_times(inputs), draft_times(draft)
+    if target is None or own is None:
         return ()
     most = inputs.application.verifier.speculation.max_draft_tokens
-    cost = target_cost(inputs, target)
     block = draft.model.block_size
     work = Workload(
         rate=acceptance_rate(acceptance, block),
@@ -267,18 +277,4 @@ def _loads(inputs: Inputs, draft: Draft, target: TargetPlan, acceptance: float, 
     )
     largest = inputs.application.verifier.max_requests
     usual = sorted({*(number for number in CONCURRENCY if number < largest), largest})
-    return Pair(cost, inputs.gpu, draft.model, work).loads(draft.gpu, assumed.concurrency or usual)
-
-
-def target_cost(inputs: Inputs, target: TargetPlan) -> TargetCost:
-    """What its steps are estimated from."""
-    config = inputs.target.config
-    return TargetCost(
-        parts=target.parts,
-        cache=target.cache,
-        experts=routed_experts(config),
-        layers=config.layers,
-        hidden=config.hidden,
-        itemsize=inputs.target.itemsize,
-        size=target.size,
-    )
+    return Pair(target, draft.model, own, work).loads(assumed.concurrency or usual)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from paceline.plan.gpus import GPUS, Gpu
 from paceline.plan.memory import DrafterModel, drafter_memory
-from paceline.plan.timing import TargetCost, committed, draft_s
+from paceline.plan.times import DraftTimes, EstimatedDrafter, TargetTimes
+from paceline.plan.timing import committed
 
 WORTH = 0.9  # of the speed-up that many drafters would give: the fewest drafters that give so much are enough
 BUSY = 0.7  # how much of a drafter's time verifiers may claim: beyond it they queue behind each other
@@ -79,31 +80,31 @@ class Load:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target on its GPUs and a drafter, under a workload."""
+    """A target on its GPUs and a drafter, under a workload. own: times of the file's own drafter."""
 
-    target: TargetCost
-    gpu: Gpu
+    target: TargetTimes
     drafter: DrafterModel
+    own: DraftTimes
     work: Workload
 
-    def loads(self, drafter_gpu: Gpu, concurrency: Iterable[int]) -> tuple[Load, ...]:
-        """A row for each concurrency. drafter_gpu: of the file's own drafter."""
-        return tuple(self._load(drafter_gpu, requests) for requests in concurrency)
+    def loads(self, concurrency: Iterable[int]) -> tuple[Load, ...]:
+        """A row for each concurrency."""
+        return tuple(self._load(requests) for requests in concurrency)
 
-    def _load(self, drafter_gpu: Gpu, requests: int) -> Load:
+    def _load(self, requests: int) -> Load:
         verify = [
-            self.target.step_s(self.gpu, requests, drafts + 1, self.work.context)
+            self.target.step_s(requests, requests * (drafts + 1), self.work.context)
             for drafts in range(self.work.most_drafts + 1)
         ]
-        own = self._best(drafter_gpu, 1, requests, verify)
+        own = self._best(self.own, 1, requests, verify)
         pools = {gpu.name: self._pool(gpu, requests, verify) for gpu in GPUS.values()}
         return Load(requests, verify[0], own, pools)
 
-    def _best(self, gpu: Gpu, drafters: int, requests: int, verify: list[float]) -> Step:
+    def _best(self, times: DraftTimes, drafters: int, requests: int, verify: list[float]) -> Step:
         """The number of drafts that commits the most tokens a second. verify: seconds by number of drafts."""
         best = Step(0, 0, verify[0], 0.0, 1.0, 1.0)
         for drafts in range(1, len(verify)):
-            seconds = draft_s(self.drafter, gpu, requests / drafters, drafts + 1, self.work.attended)
+            seconds = times.draft_s(requests / drafters, drafts + 1, self.work.attended) + times.round_trip_s
             tokens = committed(self.work.rate, drafts)
             speedup = tokens * verify[0] / (verify[drafts] + seconds)
             if speedup > best.speedup:
@@ -112,7 +113,8 @@ class Pair:
 
     def _pool(self, gpu: Gpu, requests: int, verify: list[float]) -> Pool:
         capacity = drafter_memory(self.drafter, self.work.window, 0, gpu.memory_bytes).context_capacity or 0
-        steps = [self._best(gpu, drafters, requests, verify) for drafters in range(1, MOST_DRAFTERS + 1)]
+        times = EstimatedDrafter(self.drafter, gpu)
+        steps = [self._best(times, drafters, requests, verify) for drafters in range(1, MOST_DRAFTERS + 1)]
         most = max(step.speedup for step in steps)
         for step in steps:
             if step.drafts and step.speedup >= WORTH * most and requests <= step.drafters * capacity:

@@ -20,6 +20,7 @@ from modeling.quantized.scheme import scheme_of
 from modeling.target_config import configuration_file, read_target_config
 from paceline.plan.gpus import Gpu, gpu_named, gpu_of_bundle
 from paceline.plan.memory import DrafterModel, TargetModel, drafter_model
+from verifier_service.step_tables.tables import DraftTable, VerifyTable, read_draft_table, read_verify_table
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Options:
     drafter_gpu: str | None = None
     architecture: str | None = None
     drafter_architecture: str | None = None
+    steps: Path | None = None
+    drafts: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafter and how it is run. settings: in mode colocated those that follow from the verifier's."""
+    """A drafter and how it is run. settings: in mode colocated those that follow from the verifier's. table: measured
+    seconds of its drafts, if there are any.
+    """
 
     config: DFlashConfig
     model: DrafterModel
@@ -50,17 +55,21 @@ class Draft:
     window: int
     source: Source
     gpu: Gpu | None
+    table: DraftTable | None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """gpu: of the ranks; None = unknown, or device cpu. draft: None for plain decoding."""
+    """gpu: of the ranks; None = unknown, or device cpu. draft: None for plain decoding. table: measured seconds of the
+    target's steps, if there are any.
+    """
 
     application: Application
     target: TargetModel
     source: Source
     gpu: Gpu | None
     draft: Draft | None
+    table: VerifyTable | None
 
 
 def read_inputs(path: Path, options: Options) -> Inputs:
@@ -81,12 +90,14 @@ def read_inputs(path: Path, options: Options) -> Inputs:
     except ConfigError as error:
         raise ConfigError(f"{path}: args: {error}") from error
     gpu = _gpu("--gpu", options.gpu, verifier.device, verifier.bundles[1])
+    steps = options.steps or application.verifier.speculation.step_table
     return Inputs(
         application=application,
         target=_target(target, verifier.dtype, verifier.kv_dtype),
         source=_source(target),
         gpu=gpu,
         draft=None if checkpoint is None else _draft(application, target, checkpoint, options, gpu),
+        table=None if steps is None else read_verify_table(Path(steps)),
     )
 
 
@@ -140,7 +151,16 @@ def _draft(application: Application, target: Path, checkpoint: Path, options: Op
         window=context_window(config, settings, target_config),
         source=_source(checkpoint),
         gpu=gpu,
+        table=_draft_table(options.drafts or verifier.speculation.draft_table, config),
     )
+
+
+def _draft_table(path: Path | str | None, config: DFlashConfig) -> DraftTable | None:
+    if path is None:
+        return None
+    table = read_draft_table(Path(path))
+    table.check_block(config.block_size, str(path))
+    return table
 
 
 def _gpu(option: str, named: str | None, device: str, bundle: dict[str, float]) -> Gpu | None:

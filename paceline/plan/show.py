@@ -179,9 +179,8 @@ def _of_drafter(drafter: DraftPlan) -> list[str]:
 
 
 def _steps(plan: Plan) -> Table:
-    drafter = plan.drafter.gpu if plan.drafter is not None else None
     table = _table(
-        f"Steps of one verifier on {plan.target.gpu} with one drafter on {drafter} (ms; estimates)",
+        f"Steps of one verifier on {plan.target.gpu or 'its machine'} with one drafter on {_place(plan)} (ms)",
         *(
             "requests",
             "plain step",
@@ -209,6 +208,10 @@ def _steps(plan: Plan) -> Table:
     return table
 
 
+def _place(plan: Plan) -> str:
+    return (plan.drafter.gpu if plan.drafter is not None else None) or "its machine"
+
+
 def _pools(plan: Plan) -> Table:
     table = _table("Drafters for a verifier, by the drafters' GPU type", "requests", *GPUS)
     for load in plan.loads:
@@ -220,6 +223,7 @@ def _assumptions(plan: Plan) -> list[str]:
     lines = [
         "'1 for 6, x2.0': one drafter has time and memory for six such verifiers, and each decodes twice as fast as "
         "without; '2 each': a verifier wants two; 'plain': drafting there costs more than it gives",
+        f"seconds: {'; '.join(plan.priced)}; of other GPU types always estimated",
         f"estimates for {plan.acceptance:g} tokens a step with whole blocks, {plan.context:,} tokens of context, "
         "evenly routed experts: change them with --acceptance and --context",
     ]

@@ -19,8 +19,8 @@ WARM_UP = 0.1  # of the simulated time
 
 def simulate(
     file: Annotated[Path, typer.Argument(help="deploy file, e.g. deploy/qwen397b.yaml", show_default=False)],
-    steps: Annotated[Path | None, typer.Option(help="table of measured verify steps; default: estimated")] = None,
-    drafts: Annotated[Path | None, typer.Option(help="table of measured drafts; default: estimated")] = None,
+    steps: Annotated[Path | None, typer.Option(help="table of measured verify steps; default: the file's")] = None,
+    drafts: Annotated[Path | None, typer.Option(help="table of measured drafts; default: the file's")] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="requests at once of each verifier; may be repeated")
     ] = None,
@@ -74,7 +74,7 @@ def simulate(
     from paceline.progress import bar
     from paceline.simulate.drafters import Fault
     from paceline.simulate.run import Load
-    from paceline.simulate.setup import Tables, describe, survival_of
+    from paceline.simulate.setup import describe, survival_of
     from paceline.simulate.show import show
     from paceline.simulate.sweep import loads_of, parts, sweep
 
@@ -90,7 +90,7 @@ def simulate(
         garbage,
     )
     try:
-        described = describe(file, Options(gpu, drafter_gpu, architecture, drafter_architecture), Tables(steps, drafts))
+        described = describe(file, Options(gpu, drafter_gpu, architecture, drafter_architecture, steps, drafts))
         survival = survival_of(acceptance, described.block_size)
         base = Load(None, None, prompt, output, survival, seconds, WARM_UP * seconds, certainty, seed)
         slots = described.setup.limits.slots

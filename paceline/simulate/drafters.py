@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cluster.link.messages import DraftAnswer, DraftAsk, Piece
 from drafter_service.context import ContextTable
-from paceline.simulate.times import DraftTimes
+from paceline.plan.times import DraftTimes
 from paceline.simulate.virtual_time import VirtualTime
 
 WRONG = 1 << 40  # no position's token

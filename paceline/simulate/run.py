@@ -9,9 +9,9 @@ from random import Random
 from cluster.contracts import EngineRequest
 from paceline.bench.null_model import NullFuser
 from paceline.bench.percentiles import percentile
+from paceline.plan.times import DraftTimes, TargetTimes
 from paceline.simulate.drafters import Fault, Guess, SimulatedDrafter
 from paceline.simulate.links import Pool, SimulatedLink, Wire
-from paceline.simulate.times import DraftTimes, TargetTimes
 from paceline.simulate.verifier import SimulatedVerifier
 from paceline.simulate.virtual_time import Process, VirtualTime
 from verifier_service.control import SpeculationControl

@@ -7,28 +7,13 @@ from pathlib import Path
 
 from cluster.errors import ConfigError
 from modeling.kv_dtype import DTYPE_BYTES
-from paceline.plan.document import USUAL_ACCEPTANCE, Assumed, Plan, make_plan, target_cost
+from paceline.plan.document import USUAL_ACCEPTANCE, Assumed, make_plan
+from paceline.plan.pricing import draft_times, target_times
 from paceline.plan.reading import Draft, Inputs, Options, read_inputs
+from paceline.plan.times import DraftTimes
 from paceline.plan.timing import acceptance_rate
 from paceline.simulate.run import Drafting, Setup
-from paceline.simulate.times import (
-    DraftTimes,
-    EstimatedDrafter,
-    EstimatedTarget,
-    MeasuredDrafter,
-    MeasuredTarget,
-    TargetTimes,
-)
 from verifier_service.scheduler import SchedulerLimits
-from verifier_service.step_tables.tables import read_draft_table, read_verify_table
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Files of measured seconds; None: estimated."""
-
-    steps: Path | None = None
-    drafts: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,7 @@ class Described:
     drafters: int
 
 
-def describe(file: Path, options: Options, tables: Tables) -> Described:
+def describe(file: Path, options: Options) -> Described:
     """Raises ConfigError: the file, the options or a table cannot work, or nothing is known of the GPUs."""
     inputs = read_inputs(file, options)
     plan = make_plan(str(file), inputs, Assumed())
@@ -54,6 +39,12 @@ def describe(file: Path, options: Options, tables: Tables) -> Described:
             f"{file}: verifier.speculation.mode is 'none', so that there is nothing to compare plain decoding with: "
             "set it to 'disaggregated' or 'colocated'"
         )
+    steps, drafts = target_times(inputs), draft_times(draft)
+    if steps is None or drafts is None:
+        raise ConfigError(
+            "the GPU types are not known, so that steps and drafts cannot be estimated: name them with --gpu and "
+            "--drafter-gpu, or give measured ones with --steps and --drafts (`paceline bench steps` measures here)"
+        )
     limits = SchedulerLimits(
         slots=verifier.max_requests,
         blocks=plan.target.kv_cache_tokens // verifier.block_tokens,
@@ -63,10 +54,10 @@ def describe(file: Path, options: Options, tables: Tables) -> Described:
         prefix_cache=False,  # no two prompts begin alike
     )
     setup = Setup(
-        target=_target_times(inputs, plan, tables.steps),
+        target=steps,
         limits=limits,
         runs_ahead=verifier.device == "cuda",
-        drafting=_drafting(inputs, draft, tables.drafts),
+        drafting=_drafting(inputs, draft, drafts),
     )
     remote = application.drafts_remotely and application.drafter is not None
     drafters = application.drafter.replicas if remote and application.drafter is not None else verifier.replicas
@@ -100,24 +91,12 @@ def survival_of(acceptance: str | None, block_size: int) -> tuple[float, ...]:
     return (*values, *[0.0] * (block_size - 1 - len(values)))
 
 
-def _target_times(inputs: Inputs, plan: Plan, steps: Path | None) -> TargetTimes:
-    if steps is not None:
-        table = read_verify_table(steps)
-        return MeasuredTarget(table, inputs.target.config.layers, target_cost(inputs, plan.target), inputs.gpu)
-    if inputs.gpu is None:
-        raise ConfigError(
-            "the GPU type of the verifier's ranks is not known, so that their steps cannot be estimated: name it with "
-            "--gpu, or give measured steps with --steps (paceline bench steps measures them here)"
-        )
-    return EstimatedTarget(target_cost(inputs, plan.target), inputs.gpu)
-
-
-def _drafting(inputs: Inputs, draft: Draft, drafts: Path | None) -> Drafting:
+def _drafting(inputs: Inputs, draft: Draft, times: DraftTimes) -> Drafting:
     verifier = inputs.application.verifier
     token_bytes = draft.config.hidden * DTYPE_BYTES[verifier.link.dtype]
     speculation = verifier.speculation
     return Drafting(
-        times=_draft_times(draft, drafts),
+        times=times,
         block_size=draft.model.block_size,
         window=draft.window,
         slots=draft.settings.max_contexts,
@@ -128,20 +107,3 @@ def _drafting(inputs: Inputs, draft: Draft, drafts: Path | None) -> Drafting:
         most=speculation.max_draft_tokens,
         adaptive=speculation.adaptive,
     )
-
-
-def _draft_times(draft: Draft, drafts: Path | None) -> DraftTimes:
-    if drafts is not None:
-        table = read_draft_table(drafts)
-        if table.block_size != draft.model.block_size:
-            raise ConfigError(
-                f"{drafts}: block_size is {table.block_size}, the deploy file's drafter has {draft.model.block_size}: "
-                "give the table of that drafter"
-            )
-        return MeasuredDrafter(table)
-    if draft.gpu is None:
-        raise ConfigError(
-            "the GPU type of the drafters is not known, so that their drafts cannot be estimated: name it with "
-            "--drafter-gpu, or give measured drafts with --drafts (paceline bench steps measures them here)"
-        )
-    return EstimatedDrafter(draft.model, draft.gpu)

@@ -14,7 +14,7 @@ import torch
 
 from cluster.contracts import EngineRequest
 from cluster.errors import OverloadedError
-from paceline.simulate.times import HOST_REQUEST_S, HOST_S, TargetTimes
+from paceline.plan.times import HOST_REQUEST_S, HOST_S, TargetTimes
 from paceline.simulate.virtual_time import Process, VirtualTime
 from verifier_service.flight import Planned
 from verifier_service.plan import StepPlan, VerifyRow

@@ -90,3 +90,16 @@ def test_an_unsupported_family_is_named(arguments, pair):
     config = json.loads((pair / "target" / "config.json").read_text())
     (pair / "target" / "config.json").write_text(json.dumps({**config, "model_type": "mamba9"}))
     assert "mamba9" in refusal(arguments)
+
+
+def test_a_step_table_is_found_as_checkpoints_are_and_read_before_anything_starts(arguments, pair, monkeypatch):
+    monkeypatch.chdir(pair)
+    step = {"requests": 1, "rows": 1, "context": 8, "seconds": 0.01}
+    (pair / "steps.json").write_text(json.dumps({"format": 1, "shape": "tiny", "layers": 4, "verify": [step]}))
+    arguments["verifier"]["speculation"] = {"step_table": "steps.json"}
+    found = checked(Application.model_validate(arguments))
+    assert found.verifier.speculation.step_table == str(pair / "steps.json")
+    arguments["verifier"]["speculation"] = {"draft_table": "none.json"}
+    assert "verifier.speculation.draft_table is 'none.json', but there is no file" in refusal(arguments)
+    arguments["verifier"]["speculation"] = {"draft_table": "steps.json"}
+    assert "holds 'verify' and no 'draft'" in refusal(arguments)

@@ -96,8 +96,11 @@ class VerifyTable(_Table):
 
 
 class DraftTable(_Table):
-    """Draft steps of a drafter."""
+    """Draft steps of a drafter. clock "device": of its forward, numbers in to numbers out; "link": as a verifier waits
+    for it, the link included.
+    """
 
+    clock: Literal["device", "link"] = "device"
     block_size: int = Field(ge=2)
     draft: tuple[DraftStep, ...] = Field(min_length=1)
 
@@ -105,6 +108,13 @@ class DraftTable(_Table):
     def _smallest_is_there(self) -> DraftTable:
         _check_smallest("draft", ("contexts", "rows", "window"), self._points)
         return self
+
+    def check_block(self, block_size: int, name: str) -> None:
+        """Raises ConfigError if it is another drafter's. name: of the table."""
+        if self.block_size != block_size:
+            raise ConfigError(
+                f"{name}: block_size is {self.block_size}, the drafter's is {block_size}: give the table of that one"
+            )
 
     def draft_s(self, contexts: float, rows: float, window: float) -> float:
         """Seconds of one forward for `contexts` blocks, what was committed since the last taken in before."""

@@ -147,3 +147,15 @@ def test_a_gpu_type_of_the_command_line_takes_the_place_of_the_files():
 def test_contexts_that_drafters_cannot_hold_are_noted(changed):
     made = plan_of(changed("qwen3-8b", drafter={"max_contexts": 16}))
     assert any("drafters hold 16 contexts, verifiers run up to 128 requests" in note for note in made.notes)
+
+
+def test_measured_steps_take_the_place_of_estimates_and_are_named(tmp_path):
+    step = {"requests": 1, "rows": 1, "context": 64, "seconds": 0.02}
+    table = {"format": 1, "shape": "qwen3-8b", "device": "a GPU", "layers": 36, "verify": [step]}
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps(table))
+    made = plan_of(DEPLOY / "qwen3-8b.yaml", Options(steps=path))
+    assert made.priced[0] == "steps measured: qwen3-8b on a GPU"
+    assert "estimated, no table" in made.priced[1]
+    assert made.loads[0].plain_s == pytest.approx(0.02)
+    assert "seconds: steps measured" in " ".join(run(DEPLOY / "qwen3-8b.yaml", "--steps", path).output.split())

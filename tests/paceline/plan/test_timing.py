@@ -8,6 +8,7 @@ from modeling.footprint import RoutedExperts
 from paceline.plan.gpus import GPUS
 from paceline.plan.memory import DrafterModel
 from paceline.plan.pool import Pair, Workload
+from paceline.plan.times import EstimatedDrafter, EstimatedTarget
 from paceline.plan.timing import DRAFT_S, TargetCost, acceptance_rate, committed, draft_s
 from tests.paceline.plan.shipped import drafter_of, target_of
 
@@ -66,15 +67,20 @@ def test_an_acceptance_length_beyond_the_block_is_refused(length):
         acceptance_rate(length, 8)
 
 
+def _pair(target: TargetCost, drafter: DrafterModel, work: Workload, drafter_gpu: str) -> Pair:
+    own = EstimatedDrafter(drafter, GPUS[drafter_gpu])
+    return Pair(EstimatedTarget(target, GPUS["H200"]), drafter, own, work)
+
+
 def test_plain_decoding_is_one_of_the_choices(flagship, drafter):
     hopeless = Workload(rate=0.01, context=4096, attended=4096, window=4096, most_drafts=15)
-    (load,) = Pair(flagship, GPUS["H200"], drafter, hopeless).loads(GPUS["L40S"], [64])
+    (load,) = _pair(flagship, drafter, hopeless, "L40S").loads([64])
     assert (load.step.drafts, load.step.speedup) == (0, 1.0)
     assert {str(pool) for pool in load.pools.values()} == {"plain"}
 
 
 def test_more_requests_want_more_drafters(flagship, drafter):
-    few, many = Pair(flagship, GPUS["H200"], drafter, WORK).loads(GPUS["H200"], [8, 128])
+    few, many = _pair(flagship, drafter, WORK, "H200").loads([8, 128])
     assert few.pools["H200"].verifiers > 1
     assert many.pools["L40S"].drafters > many.pools["B200"].drafters
     assert many.pools["H200"].drafters >= few.pools["H200"].drafters
@@ -82,12 +88,12 @@ def test_more_requests_want_more_drafters(flagship, drafter):
 
 def test_one_drafter_serves_no_more_verifiers_than_its_memory_holds_contexts(flagship, drafter):
     wide = Workload(rate=WORK.rate, context=4096, attended=16, window=65536, most_drafts=15)
-    (load,) = Pair(flagship, GPUS["H200"], drafter, wide).loads(GPUS["H200"], [16])
+    (load,) = _pair(flagship, drafter, wide, "H200").loads([16])
     contexts = (GPUS["L40S"].memory_bytes - drafter.bytes - 2e9) // (65552 * (drafter.row_bytes + 8))
     assert load.pools["L40S"].verifiers <= contexts // 16
 
 
 def test_every_row_gains_or_is_plain(flagship, drafter):
-    for load in Pair(flagship, GPUS["H200"], drafter, WORK).loads(GPUS["L40S"], [1, 4, 16, 64, 256]):
+    for load in _pair(flagship, drafter, WORK, "L40S").loads([1, 4, 16, 64, 256]):
         assert load.step.speedup >= 1.0
         assert load.tokens_per_s >= load.requests / load.plain_s * 0.999

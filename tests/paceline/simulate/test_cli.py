@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cluster.errors import ConfigError
 from paceline.plan.reading import Options
 from paceline.simulate.cli import simulate
-from paceline.simulate.setup import Tables, describe, survival_of
+from paceline.simulate.setup import describe, survival_of
 
 TINY = "deploy/tiny.yaml"
 VERIFY = {
@@ -35,11 +35,11 @@ DRAFT = {
 
 
 @pytest.fixture
-def tables(tmp_path: Path) -> Tables:
+def tables(tmp_path: Path) -> Options:
     verify, draft = tmp_path / "verify.json", tmp_path / "draft.json"
     verify.write_text(json.dumps(VERIFY))
     draft.write_text(json.dumps(DRAFT))
-    return Tables(verify, draft)
+    return Options(steps=verify, drafts=draft)
 
 
 def run(*arguments: str):
@@ -77,19 +77,19 @@ def test_without_a_table_or_a_gpu_type_nothing_can_be_priced():
 
 
 def test_without_a_table_it_says_that_seconds_are_estimated():
-    described = describe(Path("deploy/qwen3-8b.yaml"), Options(gpu="H200", drafter_gpu="L40S"), Tables())
+    described = describe(Path("deploy/qwen3-8b.yaml"), Options(gpu="H200", drafter_gpu="L40S"))
     assert described.setup.target.title == "estimated, no table: roofline of 1 x H200"
     assert described.setup.drafting is not None
     assert described.setup.drafting.times.title == "estimated, no table: roofline of one L40S"
 
 
 def test_a_table_of_some_of_the_layers_is_scaled_and_says_so(tables):
-    target = describe(Path(TINY), Options(), tables).setup.target
+    target = describe(Path(TINY), tables).setup.target
     whole = target.step_s(1, 1, 64, 0)
     verify = {**VERIFY, "layers": 2}
     assert tables.steps is not None
     tables.steps.write_text(json.dumps(verify))
-    half = describe(Path(TINY), Options(), tables).setup.target
+    half = describe(Path(TINY), tables).setup.target
     assert "times 4/2 layers" in half.title
     assert half.step_s(1, 1, 64, 0) == pytest.approx(2 * whole)
 
@@ -97,8 +97,8 @@ def test_a_table_of_some_of_the_layers_is_scaled_and_says_so(tables):
 def test_a_table_of_another_drafter_is_refused(tables):
     assert tables.drafts is not None
     tables.drafts.write_text(json.dumps({**DRAFT, "block_size": 16}))
-    with pytest.raises(ConfigError, match=r"block_size is 16, the deploy file's drafter has 8"):
-        describe(Path(TINY), Options(), tables)
+    with pytest.raises(ConfigError, match=r"draft.json: block_size is 16, the drafter's is 8"):
+        describe(Path(TINY), tables)
 
 
 def test_acceptance_is_tokens_a_step_or_the_chances_themselves():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ def test_events_come_in_order_and_those_of_one_moment_as_they_were_made():
     seen: list[tuple[str, float]] = []
     with VirtualTime() as time:
         for name, when in (("late", 2.0), ("early", 1.0), ("early too", 1.0), ("never", 9.0)):
-            time.at(when, lambda name=name: seen.append((name, time.now)))
+            time.at(when, partial(lambda name: seen.append((name, time.now)), name))
         time.run(5.0)
         assert time.now == 5.0
     assert seen == [("early", 1.0), ("early too", 1.0), ("late", 2.0)]

@@ -20,7 +20,7 @@ class LinearTarget:
     host: bool = False
     title: str = "linear"
 
-    def step_s(self, requests: int, tokens: int, context: float, prefill: int) -> float:
+    def step_s(self, requests: int, tokens: int, context: float, prefill: int = 0) -> float:
         return self.base + self.request * requests + self.token * tokens + self.prompt_token * prefill
 
 
@@ -31,7 +31,7 @@ class LinearDrafter:
     round_trip_s: float = 2e-4
     title: str = "linear"
 
-    def draft_s(self, contexts: int, rows: float, window: float) -> float:
+    def draft_s(self, contexts: float, rows: float, window: float) -> float:
         return self.base + self.row * contexts * rows
 
 

@@ -24,7 +24,7 @@ class TargetTimes(Protocol):
     @property
     def host(self) -> bool: ...
 
-    def step_s(self, requests: int, tokens: int, context: float, prefill: int) -> float:
+    def step_s(self, requests: int, tokens: int, context: float, prefill: int = 0) -> float:
         """Of `requests` verify rows with `tokens` tokens in all and contexts of `context` on average, and of `prefill`
         tokens of prompts. Either may be 0.
         """
@@ -39,7 +39,7 @@ class DraftTimes(Protocol):
     @property
     def round_trip_s(self) -> float: ...
 
-    def draft_s(self, contexts: int, rows: float, window: float) -> float:
+    def draft_s(self, contexts: float, rows: float, window: float) -> float:
         """Of blocks with `rows` rows each, the bonus token's included, over `window` tokens of context KV each."""
 
 
@@ -64,7 +64,7 @@ class MeasuredTarget:
     def host(self) -> bool:
         return self.table.clock == "device"
 
-    def step_s(self, requests: int, tokens: int, context: float, prefill: int) -> float:
+    def step_s(self, requests: int, tokens: int, context: float, prefill: int = 0) -> float:
         table = self.table
         if requests:
             seconds = table.step_s(requests, tokens / requests, context) + prefill * table.token_s(context)
@@ -90,7 +90,7 @@ class EstimatedTarget:
     def title(self) -> str:
         return f"estimated, no table: roofline of {self.cost.size} x {self.gpu.name}"
 
-    def step_s(self, requests: int, tokens: int, context: float, prefill: int) -> float:
+    def step_s(self, requests: int, tokens: int, context: float, prefill: int = 0) -> float:
         rows = max(1, requests + (prefill > 0))  # all prompts of a step read one context's keys and values
         return self.cost.step_s(self.gpu, rows, (tokens + prefill) / rows, context)
 
@@ -98,13 +98,16 @@ class EstimatedTarget:
 @dataclass(frozen=True)
 class MeasuredDrafter:
     table: DraftTable
-    round_trip_s: float = ROUND_TRIP_S
+
+    @property
+    def round_trip_s(self) -> float:
+        return ROUND_TRIP_S if self.table.clock == "device" else 0.0
 
     @property
     def title(self) -> str:
         return f"measured: {self.table.title}"
 
-    def draft_s(self, contexts: int, rows: float, window: float) -> float:
+    def draft_s(self, contexts: float, rows: float, window: float) -> float:
         return self.table.draft_s(contexts, rows, window)
 
 
@@ -120,5 +123,5 @@ class EstimatedDrafter:
     def title(self) -> str:
         return f"estimated, no table: roofline of one {self.gpu.name}"
 
-    def draft_s(self, contexts: int, rows: float, window: float) -> float:
+    def draft_s(self, contexts: float, rows: float, window: float) -> float:
         return draft_s(self.model, self.gpu, contexts, rows, window)
