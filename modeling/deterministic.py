@@ -45,6 +45,9 @@ class DeterministicOperations:
 
         return linear
 
+    def head(self, weight: Weight) -> Linear:
+        return self.linear(weight)
+
     def partial_linear(self, weight: Weight) -> Linear:
         """Raises CheckpointError for a weight that cannot be cut into leaves, too."""
         leaves = leaves_of(weight.shape[-1] * self._size, self._size)

@@ -12,6 +12,7 @@ from modeling.fixed_linear import Linear
 from modeling.full_vectors import FullVectors
 from modeling.gates import Gate, silu_gate
 from modeling.kernel_experts import TritonExperts, triton_route
+from modeling.kernel_head import TritonHead
 from modeling.kernel_linear import TritonLeaves, TritonLinear
 from modeling.operations import Elementwise, TorchOperations
 from modeling.quantized.packed import Weight
@@ -28,6 +29,9 @@ class TritonOperations(TorchOperations):
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         return TritonLinear(weight, bias)
+
+    def head(self, weight: Weight) -> TritonHead:
+        return TritonHead(weight)
 
     def partial_linear(self, weight: Weight) -> Linear:
         return TritonLinear(weight)

@@ -32,6 +32,9 @@ class Operations(Protocol):
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """x [..., in] -> x weight^T + bias [..., out]; weight [out (/ size), in], whole along its input."""
 
+    def head(self, weight: Weight) -> Linear:
+        """The output head: as linear, though its logits may be float32 whatever x is."""
+
     def partial_linear(self, weight: Weight) -> Linear:
         """x [tokens, in / size] -> a partial of x weight^T; weight [out, in / size], divided along its input."""
 
@@ -59,6 +62,9 @@ class TorchOperations:
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         return fixed_linear(weight, bias)
+
+    def head(self, weight: Weight) -> Linear:
+        return fixed_linear(weight)
 
     def partial_linear(self, weight: Weight) -> Linear:
         return fixed_linear(weight)

@@ -47,7 +47,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, weight: Weight, vocabulary: int, ranks: RankGroup, operations: Operations):
         super().__init__()
-        self.multiply = operations.linear(weight)
+        self.multiply = operations.head(weight)
         self.vocabulary = vocabulary
         self.ranks = ranks
         self.share = -(-vocabulary // ranks.size)
@@ -57,7 +57,7 @@ class VocabularyHead(nn.Module):
         return self.whole(self.own(hidden))
 
     def own(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, share], this rank's part of the logits in the model's dtype; -inf beyond the vocabulary's end."""
+        """[rows, share], this rank's part of the logits as `multiply` makes them; -inf beyond the vocabulary's end."""
         logits = self.multiply(hidden)
         if logits.shape[-1] < self.share:  # the last rank's share of an uneven vocabulary
             logits = F.pad(logits, (0, self.share - logits.shape[-1]), value=float("-inf"))

@@ -39,15 +39,15 @@ def warm_up(runner: Runner, limits: SchedulerLimits, longest_row: int) -> None:
 
 
 def _run(runner: Runner, plan: StepPlan) -> None:
-    """Whole logits are wanted with several ranks too: of edited rows, and of those that their candidates leave open."""
+    """Whole logits are wanted over kernels too: of rows that the host works on, or that something truncates."""
     logits = runner.forward(plan).logits
-    kinds = KINDS if plan.verify or plan.prefill else ()
-    for kind in kinds:
-        if logits is not None and len(logits):
-            decide(logits, [Draw(0, 1, 1, 0, 0, kind)] if kind.temperature else ())
+    rows = sum(len(row.token_ids) for row in plan.verify) + len(plan.prefill)
+    for kind in KINDS if rows else ():
+        if logits is not None:
+            decide(logits, [Draw(0, rows, 1, 0, 0, kind)] if kind.temperature else ())
         if runner.shape.draws:
             again = replace(plan, released=(), new_blocks=(), decided=(), saved=())
-            draws = (RowDraw(0, 1, 1, 0, 0, kind),) if kind.temperature else ()
+            draws = (RowDraw(0, rows, 1, 0, 0, kind),) if kind.temperature else ()
             runner.forward(replace(again, draws=draws))
 
 

@@ -202,7 +202,7 @@ class Driver:
         for _ in range(count):
             self._step += 1
             before = time.perf_counter()
-            self._target.executor.execute(StepPlan(self._step, verify=verify, decided=decided), (), None)
+            self._target.executor.execute(StepPlan(self._step, verify=verify, decided=decided, draws=()), (), None)
             if hosts is not None:
                 hosts.append(time.perf_counter() - before)
         self._wait()

@@ -148,8 +148,7 @@ class TargetRunner:
             checkpoints=checkpoints,
             blocks=num_blocks,
             device=device,
-            # Masses that shards add up differ in their last bits from those of a whole row.
-            draws=over_kernels and size > 1 and not deterministic,
+            draws=over_kernels,
         )
         self._taken = TakenTokens(self._ranks, device)
         self._taps: tuple[int, ...] = ()

@@ -70,7 +70,7 @@ def wanted_rows(draws: Sequence[Draw | RowDraw], device: torch.device) -> tuple[
         spread([draw.position for draw in draws]) + within,
     )
     wanted = WantedRows(
-        any(_truncates(draw.params) for draw in draws),
+        any(truncates(draw.params) for draw in draws),
         there(keys),
         there(spread([draw.params.temperature for draw in draws], torch.float64)),
         there(spread([draw.params.top_p for draw in draws], torch.float64)),
@@ -80,27 +80,21 @@ def wanted_rows(draws: Sequence[Draw | RowDraw], device: torch.device) -> tuple[
     return rows, wanted
 
 
-def every_row(draws: Sequence[RowDraw], count: int, device: torch.device) -> WantedRows:
-    """How each of `count` rows is sampled, in order; those of no draw are greedy, at temperature 0. On `device`."""
-    wanted = None
+def every_row(draws: Sequence[RowDraw], count: int) -> WantedRows:
+    """How each of `count` rows is sampled, in order; those of no draw are greedy, at temperature 0. On the CPU."""
+    every = WantedRows(
+        any(truncates(draw.params) for draw in draws),
+        torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, dtype=torch.float64),
+        torch.ones(count, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.int64),
+    )
     if draws:
         rows, wanted = wanted_rows(draws, torch.device("cpu"))
-
-    def everywhere(name: str, dtype: torch.dtype = torch.float64, other: float = 0.0) -> torch.Tensor:
-        if wanted is None:
-            return torch.full((count,), other, dtype=dtype, device=device)
-        every = torch.full((count,), other, dtype=dtype)
-        every[rows] = getattr(wanted, name)
-        return to_device(every, device)
-
-    return WantedRows(
-        wanted is not None and wanted.truncated,
-        everywhere("keys", torch.int64),
-        everywhere("temperature"),
-        everywhere("top_p", other=1.0),
-        everywhere("min_p"),
-        everywhere("top_k", torch.int64),
-    )
+        for own, theirs in zip(every.columns(), wanted.columns(), strict=True):
+            own[rows] = theirs
+    return every
 
 
 @dataclass(frozen=True)
@@ -117,21 +111,21 @@ class WantedRows:
     min_p: torch.Tensor
     top_k: torch.Tensor
 
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.temperature, self.top_p, self.min_p, self.top_k
+
     def at(self, index: torch.Tensor) -> WantedRows:
-        return WantedRows(
-            self.truncated,
-            self.keys[index],
-            self.temperature[index],
-            self.top_p[index],
-            self.min_p[index],
-            self.top_k[index],
-        )
+        return WantedRows(self.truncated, *(column[index] for column in self.columns()))
+
+    def to(self, device: torch.device) -> WantedRows:
+        """Nobody waits for a copy to a GPU."""
+        return WantedRows(self.truncated, *(to_device(column, device) for column in self.columns()))
 
 
 Method = Callable[[torch.Tensor, WantedRows], torch.Tensor]
 
 
-def _truncates(params: SamplingParams) -> bool:
+def truncates(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0
 
 

@@ -18,7 +18,6 @@ import torch.multiprocessing as mp
 
 from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
 from modeling.kernel_choice import KernelSetting
-from modeling.operations import TorchOperations
 from modeling.parallel import VocabularyHead
 from modeling.ranks import RankGroup, join_ranks
 from tests.verifier_service.oracle import PartlyRight
@@ -183,7 +182,7 @@ def counted_gathers() -> Iterator[list[int]]:
 
 def _rows(ranks: RankGroup) -> dict[str, Any]:
     """Rows of all kinds in one step of random logits, one of them not finite, over an uneven vocabulary."""
-    vocabulary, torch_head = 201, TorchOperations()
+    vocabulary = 201
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(7, 8, generator=generator) * 2
     weight = torch.randn(vocabulary, 8, generator=generator)
@@ -192,11 +191,17 @@ def _rows(ranks: RankGroup) -> dict[str, Any]:
     draws = [RowDraw(at + 1, 1, 7 + at, at - 3, at, PARAMS[kind]) for at, kind in enumerate(kinds)]
     share = -(-vocabulary // SIZE)
     own = weight[ranks.rank * share :][:share].contiguous()
-    head = VocabularyHead(own, vocabulary, ranks, torch_head)
+    head = VocabularyHead(own, vocabulary, ranks, _operations())
     with counted_gathers() as gathers:
         tokens = _shard_sampling()(head, CANDIDATES).take(hidden, draws)
-    want = draw_by_kernels(hidden @ weight.t(), every_row(draws, len(hidden), hidden.device))
+    want = draw_by_kernels(hidden @ weight.t(), every_row(draws, len(hidden)))
     return {"tokens": tokens.tolist(), "want": want.tolist(), "gathers": len(gathers)}
+
+
+def _operations() -> Any:
+    from modeling.kernel_operations import TritonOperations  # likewise
+
+    return TritonOperations()
 
 
 def _shard_sampling() -> Any:

@@ -56,7 +56,7 @@ class KernelExecutor:
     ):
         self._head, self._first, self._vocabulary = model.head, first, vocabulary
         self._device = torch.device(storage.device)
-        self._sampling = ShardSampling(model.head)
+        self._sampling = ShardSampling(model.head, by_shards=forms.shards)
         caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
         self.cache_bytes = held_by([*caches.values(), *latents.values()])
         most = path.rows(num_slots)
