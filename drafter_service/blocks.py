@@ -23,11 +23,13 @@ Drafts = tuple[list[int], list[float]]  # token ids, confidence of each
 class BlockDrafting(ABC):
     """A loaded drafter with its context pool. Everything under `torch.inference_mode`, on one thread.
 
-    counters: of drafting, for people; see `DrafterEngine.counters`.
+    counters: of drafting, for people; see `DrafterEngine.counters`. graphs: CUDA graphs that it has, or would have if
+    it were made with them.
     """
 
     pool: ContextPool
     counters: Counter[str]
+    graphs = 0
 
     @abstractmethod
     def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,14 @@ class DrafterSettings(BaseModel):
     )
     threads: int = Field(1, ge=1, description="torch threads on CPU")
     window: int = Field(4096, ge=16, description="context features kept per context, for full-attention drafters")
-    max_contexts: int = Field(256, ge=1, description="contexts held at once, shared fairly among verifiers")
+    max_contexts: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="contexts held at once, shared fairly among verifiers; auto = on cuda what memory_share leaves "
+        "beside weights, CUDA graphs and the largest step, which is run to find out, on cpu 256",
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="of a device's memory, that a drafter may take if max_contexts is auto"
+    )
     max_queue: int = Field(1024, ge=1, description="asks waiting; beyond it the answer is 'no drafts' at once")
     token: str = Field("", description="shared secret of the link")
     tls: TlsFiles | None = Field(None, description="of the link")

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ from drafter_service.config import DrafterSettings
 from drafter_service.context import MAX_POSITION, Context, ContextTable, Key
 from drafter_service.inbox import Appended, Asked, Closed, Dropped, Event, Inbox, Linked, Lost, Shared
 from drafter_service.loading import LoadedDrafter, load_drafter
-from drafter_service.sizing import ContextSize, check_contexts
+from drafter_service.profile import measured_memory
+from drafter_service.sizing import ON_CPU, ContextSize, chosen_contexts
+from modeling.memory_meter import CudaMeter
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +72,9 @@ class DrafterEngine:
         on_failure: Callable[[Exception], None] | None = None,
     ):
         self._loaded = load_drafter(settings)
-        self._max_contexts = settings.max_contexts
-        if self._loaded.model.device.type == "cuda":
-            size = ContextSize(self._loaded.window, self._loaded.config.block_size, self._loaded.model.row_bytes)
-            check_contexts(self._max_contexts, size, torch.cuda.mem_get_info(self._loaded.model.device)[0])
-        self._drafter = block_drafter(self._loaded, settings.max_contexts)
-        self._table = ContextTable(settings.max_contexts, self._loaded.window)
+        self._max_contexts = _contexts(self._loaded, settings)
+        self._drafter = block_drafter(self._loaded, self._max_contexts)
+        self._table = ContextTable(self._max_contexts, self._loaded.window)
         self._inbox = Inbox(settings.max_queue)
         self._on_failure = on_failure
         self._peers: dict[str, Peer] = {}
@@ -324,13 +324,26 @@ class DrafterEngine:
                 peer.answer(of_peer[first : first + MAX_ENTRIES])
 
 
-def block_drafter(loaded: LoadedDrafter, slots: int) -> BlockDrafting:
-    """On the kernels if the drafter was loaded for them."""
+def block_drafter(loaded: LoadedDrafter, slots: int, blocks: int | None = None, graphs: bool = True) -> BlockDrafting:
+    """On the kernels if the drafter was loaded for them. blocks, graphs: see KernelDrafter."""
     if loaded.head_weight is None:
         return BlockDrafter(loaded, slots)
     from drafter_service.kernel_blocks import KernelDrafter  # imports triton
 
-    return KernelDrafter(loaded, slots)
+    return KernelDrafter(loaded, slots, blocks, graphs)
+
+
+def _contexts(loaded: LoadedDrafter, settings: DrafterSettings) -> int:
+    """How many contexts to hold; on a GPU no more than it has room for, and a table of its memory in the log."""
+    model = loaded.model
+    if model.device.type != "cuda":
+        return ON_CPU if settings.max_contexts == "auto" else settings.max_contexts
+    make = partial(block_drafter, loaded, graphs=False)
+    memory, step = measured_memory(loaded, make, CudaMeter(model.device), settings.memory_share, settings.max_queue)
+    size = ContextSize(loaded.window, loaded.config.block_size, model.row_bytes)
+    count, table = chosen_contexts(settings.max_contexts, size, memory, step)
+    log.info("memory of the drafter\n%s", table)
+    return count
 
 
 class Answers:

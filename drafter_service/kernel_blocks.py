@@ -22,18 +22,21 @@ class KernelDrafter(BlockDrafting):
     """As `BlockDrafter`. On a GPU every bucket of batch sizes is captured once, when it is made.
 
     A batch that no graph holds, and every batch where capturing failed, runs launch by launch through the same buffers.
+    blocks: of one batch at most, None = as many as slots. graphs: capture CUDA graphs.
     """
 
-    def __init__(self, loaded: LoadedDrafter, slots: int):
+    def __init__(self, loaded: LoadedDrafter, slots: int, blocks: int | None = None, graphs: bool = True):
         self.counters = Counter()
         self.pool = pool = InjectedPool(loaded, slots)
         config, device = loaded.config, loaded.model.device
         self._model = KernelDFlash(loaded, pool, pool.rotation)
-        self._buckets = Buckets(min(slots, GRAPH_BLOCKS), config.block_size)
-        self._buffers = StepBuffers(slots, config.block_size, config.mask_token_id, device)
+        most = slots if blocks is None else blocks
+        self._buckets = Buckets(min(most, GRAPH_BLOCKS), config.block_size)
+        self._buffers = StepBuffers(most, config.block_size, config.mask_token_id, device)
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._warm_up(loaded)
-        if device.type == "cuda":
+        self.graphs = len(list(self._buckets)) if device.type == "cuda" else 0
+        if self.graphs and graphs:
             self._graphs = captured(self._forward, self._buckets, self._describe_nothing)
         self.counters = Counter(rows=0, padding_rows=0, eager_steps=0)
 

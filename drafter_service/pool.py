@@ -36,6 +36,10 @@ class ContextPool:
         self._staged_slots: set[int] = set()
         self._staged_rows = 0
 
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + self.positions.nbytes
+
     def first_row(self, context: Context) -> int:
         return context.slot * self.stride
 

@@ -1,16 +1,16 @@
-"""How many draft contexts a device's memory holds, told before any of it is taken."""
+"""How many draft contexts a device's memory holds, from what was measured on it. No torch."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.errors import ConfigError
+from modeling.device_memory import DeviceMemory
 
-log = logging.getLogger(__name__)
-
-RESERVED_BYTES = 10**9  # for graphs, workspaces and a large append's rows: assumed
 POSITION_BYTES = 8
+ON_CPU = 256  # contexts, where nothing is measured
+MOST = 4096  # as many as one verifier may run requests: beyond it memory does better as it is
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,46 @@ class ContextSize:
         return (self.window + self.block_size) * (self.row_bytes + POSITION_BYTES)
 
 
-def check_contexts(wanted: int, size: ContextSize, free_bytes: int) -> None:
-    """free_bytes: of the device, with the weights loaded. Raises ConfigError if `wanted` contexts do not fit."""
-    fitting = max(0, free_bytes - RESERVED_BYTES) // size.bytes
-    if wanted > fitting:
+@dataclass(frozen=True)
+class StepBytes:
+    """What a drafter works in. smallest: its largest append, or draft of a few blocks; block: each of a draft of many
+    blocks. Only most_blocks are drafted at once."""
+
+    smallest: int
+    block: int
+    most_blocks: int
+
+    def of(self, contexts: int) -> int:
+        """Of the largest step with so many contexts."""
+        return max(self.smallest, self.block * min(contexts, self.most_blocks))
+
+
+def contexts_that_fit(room: int, context_bytes: int, step: StepBytes) -> int:
+    """room: bytes for contexts and the step."""
+    return max(
+        0,
+        min(
+            (room - step.smallest) // context_bytes,
+            max(room // (context_bytes + step.block), (room - step.of(step.most_blocks)) // context_bytes),
+        ),
+    )
+
+
+def chosen_contexts(
+    wanted: int | Literal["auto"], size: ContextSize, memory: DeviceMemory, step: StepBytes
+) -> tuple[int, str]:
+    """How many contexts to hold, and a table of the memory for the log. A number may take all of the device.
+
+    memory: without contexts and step. Raises ConfigError for more than fit, or if not even one does.
+    """
+    room = memory.room if wanted == "auto" else memory.room + memory.total - int(memory.share * memory.total)
+    fitting = contexts_that_fit(room, size.bytes, step)
+    count = min(fitting, MOST) if wanted == "auto" else wanted
+    if count > fitting or not count:
         cure = f"max_contexts to {fitting} or less, or a smaller window" if fitting else "a smaller window"
         raise ConfigError(
-            f"drafter.max_contexts is {wanted}, but of contexts of {size.bytes / 1e6:.0f} MB (window {size.window}) "
-            f"only {fitting} fit into the {free_bytes / 1e9:.1f} GB that the weights leave free: set {cure}"
+            f"drafter.max_contexts is {wanted!r}, but of contexts of {size.bytes / 1e6:.0f} MB (window {size.window}) "
+            f"only {fitting} fit beside the rest ({memory.brief()}): set {cure}"
         )
-    log.info("%d draft contexts of %.0f MB; %d would fit", wanted, size.bytes / 1e6, fitting)
+    whole = DeviceMemory(memory.total, memory.share, (*memory.parts, ("largest step", step.of(count))))
+    return count, whole.table(f"{count} draft contexts", count * size.bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRAPH_BYTES = 8 << 20  # of a CUDA graph beside the memory that its launches work in: assumed, logged once captured
+LINK_BYTES = 256 << 20  # of a communicator between a verifier and a drafter: assumed
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from cluster.contracts import EngineInfo
 from cluster.errors import ConfigError
 from cluster.link.face import VerifierLink
 from cluster.tls import Access
+from modeling.device_memory import LINK_BYTES
 from modeling.dflash import FeatureFuser
 from modeling.dflash_config import DFlashConfig
 from modeling.kernel_choice import wants_triton
@@ -40,8 +41,6 @@ from verifier_service.settled import settled
 from verifier_service.warm_up import warm_up
 
 log = logging.getLogger(__name__)
-
-LINK_BYTES = 256 << 20  # of a GPU's memory for a link over NCCL: assumed
 
 
 class MakeLink(Protocol):

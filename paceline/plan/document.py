@@ -181,7 +181,7 @@ def _beside_the_target(draft: Draft | None, application: Application) -> int:
         return 0
     if application.drafts_remotely:
         return draft.model.fuser_bytes
-    whole = drafter_memory(draft.model, draft.window, draft.settings.max_contexts, None)
+    whole = drafter_memory(draft.model, draft.window, draft.contexts, None)
     return draft.model.fuser_bytes + whole.weights + whole.contexts
 
 
@@ -205,7 +205,7 @@ def _target_plan(inputs: Inputs, limits: Limits, memory: RankMemory) -> TargetPl
 def _draft_plan(draft: Draft, application: Application) -> DraftPlan:
     model, remote = draft.model, application.drafts_remotely
     available = draft.gpu.memory_bytes if remote and draft.gpu is not None else None
-    memory = drafter_memory(model, draft.window, draft.settings.max_contexts, available)
+    memory = drafter_memory(model, draft.window, draft.contexts, available)
     return DraftPlan(
         source=draft.source,
         block_size=model.block_size,
@@ -222,7 +222,7 @@ def _draft_plan(draft: Draft, application: Application) -> DraftPlan:
         context_bytes=memory.context_bytes,
         memory=memory,
         context_capacity=memory.context_capacity,
-        max_contexts=draft.settings.max_contexts,
+        max_contexts=draft.contexts,
         gpu=draft.gpu.name if draft.gpu is not None else None,
         remote=remote,
     )

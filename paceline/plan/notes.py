@@ -38,7 +38,7 @@ def notes(inputs: Inputs, kv_tokens: int, kv_capacity: int | None) -> Iterator[s
 def _of_drafts(application: Application, inputs: Inputs, draft: Draft, longest: int) -> Iterator[str]:
     verifier, drafter = application.verifier, application.drafter
     if application.drafts_remotely and drafter is not None:
-        contexts, requests = drafter.max_contexts * drafter.replicas, verifier.max_requests * verifier.replicas
+        contexts, requests = draft.contexts * drafter.replicas, verifier.max_requests * verifier.replicas
         if contexts < requests:
             yield (
                 f"drafters hold {contexts} contexts, verifiers run up to {requests} requests: beyond that some go "

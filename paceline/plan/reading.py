@@ -12,6 +12,7 @@ from deploy.checks import CHECKOUT, find_directory, fitting
 from deploy.config import Application
 from deploy.file import parse_deploy_file
 from drafter_service.config import DrafterSettings
+from drafter_service.sizing import MOST, ON_CPU
 from modeling.dflash_config import DFlashConfig
 from modeling.errors import CheckpointError
 from modeling.footprint import storage_of
@@ -19,7 +20,7 @@ from modeling.kv_dtype import DTYPE_BYTES, KvDtype
 from modeling.quantized.scheme import scheme_of
 from modeling.target_config import configuration_file, read_target_config
 from paceline.plan.gpus import Gpu, gpu_named, gpu_of_bundle
-from paceline.plan.memory import DrafterModel, TargetModel, drafter_model
+from paceline.plan.memory import DrafterModel, TargetModel, drafter_memory, drafter_model
 from verifier_service.step_tables.tables import DraftTable, VerifyTable, read_draft_table, read_verify_table
 
 
@@ -45,14 +46,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafter and how it is run. settings: in mode colocated those that follow from the verifier's. table: measured
-    seconds of its drafts, if there are any.
+    """A drafter and how it is run. settings: in mode colocated those that follow from the verifier's. contexts: that it
+    holds at once; with `auto` what its GPU has room for, as estimated. table: measured seconds of its drafts, if there
+    are any.
     """
 
     config: DFlashConfig
     model: DrafterModel
     settings: DrafterSettings
     window: int
+    contexts: int
     source: Source
     gpu: Gpu | None
     table: DraftTable | None
@@ -144,11 +147,14 @@ def _draft(application: Application, target: Path, checkpoint: Path, options: Op
     config, target_config = DFlashConfig.load(checkpoint), read_target_config(target)
     if remote and drafter is not None:
         gpu = _gpu("--drafter-gpu", options.drafter_gpu, drafter.device, drafter.bundles[1]) or gpu
+    model = drafter_model(config, target_config.tied, DTYPE_BYTES[settings.dtype])
+    window = context_window(config, settings, target_config)
     return Draft(
         config=config,
-        model=drafter_model(config, target_config.tied, DTYPE_BYTES[settings.dtype]),
+        model=model,
         settings=settings,
-        window=context_window(config, settings, target_config),
+        window=window,
+        contexts=_contexts(settings, model, window, gpu),
         source=_source(checkpoint),
         gpu=gpu,
         table=_draft_table(options.drafts or verifier.speculation.draft_table, config),
@@ -161,6 +167,15 @@ def _draft_table(path: Path | str | None, config: DFlashConfig) -> DraftTable | 
     table = read_draft_table(Path(path))
     table.check_block(config.block_size, str(path))
     return table
+
+
+def _contexts(settings: DrafterSettings, model: DrafterModel, window: int, gpu: Gpu | None) -> int:
+    if settings.max_contexts != "auto":
+        return settings.max_contexts
+    if gpu is None:
+        return ON_CPU
+    room = drafter_memory(model, window, 0, int(settings.memory_share * gpu.memory_bytes)).context_capacity
+    return max(1, min(room or 0, MOST))
 
 
 def _gpu(option: str, named: str | None, device: str, bundle: dict[str, float]) -> Gpu | None:

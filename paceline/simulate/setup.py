@@ -99,7 +99,7 @@ def _drafting(inputs: Inputs, draft: Draft, times: DraftTimes) -> Drafting:
         times=times,
         block_size=draft.model.block_size,
         window=draft.window,
-        slots=draft.settings.max_contexts,
+        slots=draft.contexts,
         token_bytes=token_bytes,
         feature_tokens=verifier.feature_store_bytes // token_bytes,
         soft_deadline_s=speculation.soft_deadline_s,

@@ -5,24 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from cluster.errors import ConfigError
 from cluster.link.messages import Draft, DraftAnswer, DraftAsk
 from drafter_service.attention import AttendEach, AttendPadded
 from drafter_service.buckets import Bucket, Buckets
-from drafter_service.engine import DrafterEngine
+from drafter_service.engine import DrafterEngine, block_drafter
 from drafter_service.fused import FusedDFlash
 from drafter_service.kernel_blocks import KernelDrafter
+from drafter_service.loading import load_drafter
+from drafter_service.profile import measured_memory
 from drafter_service.selector import FusedSelector
 from drafter_service.step_graphs import captured
 from tests.drafter_service.pairs import FULL, SLIDING, second, settings_for, write_drafter, write_target
 from tests.drafter_service.peers import RecordingPeer, features
+from tests.held_memory import HeldMemory
 
 # Padding rows hold whatever their memory held.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{what} encountered") for what in ("overflow", "invalid value")]
@@ -100,6 +105,22 @@ def made(request: pytest.FixtureRequest, target: Path, tmp_path_factory: pytest.
 def pair(made: Pair) -> Iterator[Pair]:
     yield made
     made.close(*"abcde")
+
+
+def test_the_largest_steps_of_many_contexts_are_measured_over_a_few(target: Path, tmp_path: Path, monkeypatch):
+    """Kernels that do nothing take the same memory."""
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    drafter = write_drafter(tmp_path / "drafter")
+    with HeldMemory(0) as meter:
+        loaded = load_drafter(settings_for(target, drafter, kernels="triton", window=512))
+        make = partial(block_drafter, loaded, graphs=False)
+        found, step = measured_memory(loaded, make, meter, 1.0, max_queue=8)
+    hidden = 32 * 6 * 4  # of one block
+    assert step.block > hidden
+    assert loaded.head_weight is not None
+    assert dict(found.parts)["weights and what is beside them"] > loaded.head_weight.nbytes
+    assert step.smallest > 4096 * hidden / 6
 
 
 def test_ragged_batches_of_any_size_one_after_another_get_the_same_drafts(pair: Pair):

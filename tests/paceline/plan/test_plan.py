@@ -144,6 +144,17 @@ def test_a_gpu_type_of_the_command_line_takes_the_place_of_the_files():
     assert not made.fits
 
 
+@pytest.mark.parametrize(("share", "window"), [(0.9, 4096), (0.5, 8192)])
+def test_auto_contexts_are_those_that_the_drafters_gpu_has_room_for(share, window, changed):
+    part = {"max_contexts": "auto", "memory_share": share, "window": window}
+    drafter = plan_of(changed("qwen3-8b", drafter=part), Options(gpu="H200", drafter_gpu="L40S")).drafter
+    assert drafter is not None
+    assert drafter.memory.available is not None
+    left = share * drafter.memory.available - drafter.memory.total
+    assert 0 <= left < drafter.context_bytes
+    assert drafter.memory.contexts == drafter.max_contexts * drafter.context_bytes
+
+
 def test_contexts_that_drafters_cannot_hold_are_noted(changed):
     made = plan_of(changed("qwen3-8b", drafter={"max_contexts": 16}))
     assert any("drafters hold 16 contexts, verifiers run up to 128 requests" in note for note in made.notes)

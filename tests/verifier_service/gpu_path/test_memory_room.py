@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 from modeling.device_memory import GRAPH_BYTES, DeviceMemory
+from tests.held_memory import HeldMemory
 from tests.verifier_service.gpu_path.tiny import TinyTarget, build
 from tests.verifier_service.model.schedules import BLOCK_TOKENS
 from verifier_service.config import VerifierSettings
@@ -170,39 +168,6 @@ def test_what_each_part_takes_is_measured_apart_from_the_cache():
     )
 
 
-class Held(TorchDispatchMode):
-    """A Meter of this process: every storage that an operation makes, until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
-                self._known.add(storage)
-                weakref.finalize(storage, self._freed, storage.nbytes())
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-        return made
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-    def outside(self) -> tuple[int, int]:
-        return 0, GB
-
-    def held(self) -> int:
-        self.most = self.now
-        return self.now
-
-    def peak(self) -> int:
-        most, self.most = self.most, self.now
-        return most
-
-
 @pytest.fixture
 def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take their arguments and do nothing, but for those that say where tokens lie: memory is the same."""
@@ -242,7 +207,7 @@ def largest_step(target: TinyTarget, max_context: int) -> int:
         )
 
     steps = LargestSteps(2, 4, STEP_TOKENS, BLOCK_TOKENS, max_context, sectioned_rows=256)
-    with Held() as meter, torch.inference_mode():
+    with HeldMemory(GB) as meter, torch.inference_mode():
         found, _ = measured_memory(make, meter, steps, MemoryLimits(), weight_bytes=0, checkpoint_bytes=0, taps=())
     return dict(found.parts)["largest step"]
 
