@@ -80,6 +80,10 @@ class VerifyTable(_Table):
         """Seconds of a step of `requests` rows with `rows` tokens each, on average, and contexts of `context`."""
         return self._grid.at(requests, rows, context)
 
+    @property
+    def shortest_context(self) -> int:
+        return self._grid.axes[2][0]
+
     def token_s(self, context: float) -> float:
         """Seconds of a further token in the largest step that was measured: what prefill beside it costs a token."""
         requests, rows = self._grid.axes[0][-1], self._grid.axes[1][-1]
@@ -115,6 +119,10 @@ class DraftTable(_Table):
             raise ConfigError(
                 f"{name}: block_size is {self.block_size}, the drafter's is {block_size}: give the table of that one"
             )
+
+    @property
+    def shortest_window(self) -> int:
+        return self._grid.axes[2][0]
 
     def draft_s(self, contexts: float, rows: float, window: float) -> float:
         """Seconds of one forward for `contexts` blocks, what was committed since the last taken in before."""

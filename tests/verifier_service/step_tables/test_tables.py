@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
+from verifier_service.step_tables.prior import read_prior
 from verifier_service.step_tables.tables import read_draft_table, read_verify_table
 
 STEP = {"requests": 1, "rows": 1, "context": 64, "seconds": 0.01, "host_seconds": 0.001, "stock_seconds": None}
@@ -87,3 +88,20 @@ def test_what_is_wrong_with_a_table_is_named_with_its_cure(tmp_path, content, me
 def test_a_table_that_is_not_there_names_what_would_write_it(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*: No such file.*measure_steps"):
         read_verify_table(tmp_path / "none.json")
+
+
+def test_a_prior_scales_a_table_of_some_of_the_layers_to_all_of_them(tmp_path):
+    step_table = written(tmp_path, {**VERIFY, "layers": 2})
+    prior = read_prior(str(step_table), None, layers=4)
+    assert prior is not None
+    assert prior.plain(4) == pytest.approx(2 * 0.013)
+    assert prior.extra(1, 7) == pytest.approx(2 * 0.007)
+    assert prior.wait(1) is None
+    assert read_prior(None, None, layers=4) is None
+
+
+def test_a_prior_knows_the_wait_for_whole_blocks_where_drafts_were_measured(tmp_path):
+    (tmp_path / "draft.json").write_text(json.dumps(DRAFT))
+    prior = read_prior(str(written(tmp_path, VERIFY)), str(tmp_path / "draft.json"), layers=4)
+    assert prior is not None
+    assert prior.wait(4) == pytest.approx(0.006)
