@@ -133,7 +133,7 @@ class SimulatedDrafter:
     def close(self, link: Linked, context_ids: Sequence[str]) -> None:
         def take() -> None:
             for context_id in context_ids:
-                self._table.free((link.link_id, context_id))
+                self._table.close((link.link_id, context_id))
 
         self._queued(take)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from msgspec.structs import replace
 
 from cluster.link.answers import AnswerBook
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
 from cluster.pairing.policy import assign
 from paceline.simulate.drafters import WRONG, SimulatedDrafter
 from paceline.simulate.virtual_time import Action, Process, VirtualTime
@@ -58,6 +59,13 @@ class SimulatedLink:
         self._free_at = max(self._time.now, self._free_at) + sent / self._wire.bytes_s
         self.state = replace(self.state, sent_bytes=self.state.sent_bytes + int(sent))
         self._time.at(self._arrival(), lambda: drafter.append(end, pieces))
+
+    def share(self, share: Share) -> None:
+        """There is nothing to share: no two prompts begin alike."""
+        self._book.unshare(share.context_id)
+
+    def unshared(self) -> list[str]:
+        return self._book.take_unshared()
 
     def ask(self, asks: Sequence[DraftAsk]) -> None:
         self._book.asked(asks, self.state.epoch)
