@@ -14,6 +14,7 @@ import torch
 from cluster.errors import ProtocolError
 from cluster.link.connection import Connection
 from cluster.link.messages import MAX_ENTRIES, Append, FromDrafter, FromVerifier, Hello, Piece
+from cluster.link.side_stream import SideStream
 from cluster.wire import Codec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,13 +123,18 @@ class TcpReceiver:
         self._hidden = hello.hidden
         self._dtype = DTYPES[hello.dtype]
         self._row_bytes = row_bytes(hello.hidden, self._dtype)
-        self._device = device
+        self._device = torch.device(device)
+        self._side = SideStream(self._device)
 
     def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
         array: Any = np.empty(check_append(append, self._row_bytes), np.uint8)
         self._connection.receive_into(memoryview(array))
         rows = torch.frombuffer(array, dtype=self._dtype).view(-1, self._hidden)
-        yield append, rows if self._device == "cpu" else rows.to(self._device)
+        if self._device.type != "cpu":
+            with self._side.here():
+                rows = rows.to(self._device)
+            self._side.hand_over(rows)
+        yield append, rows
 
     def close(self) -> None:
         return

@@ -27,6 +27,7 @@ from cluster.errors import LinkError, ProtocolError
 from cluster.link.connection import Connection
 from cluster.link.messages import Append, FromDrafter, FromVerifier, Hello
 from cluster.link.planes import DTYPES, MAX_ROWS_BYTES, check_append, row_bytes
+from cluster.link.side_stream import SideStream
 from cluster.wire import Codec
 
 _VERIFIER, _DRAFTER = 0, 1
@@ -194,8 +195,9 @@ class TorchSender:
         self._dtype = dtype
         self._max_queued = max_queued
         self._lock = threading.Lock()
+        self._side = SideStream(group.device)
         self._pending: deque[tuple[torch.Tensor, Any]] = deque()  # rows, the event after which they are valid
-        self._flying: tuple[Any, torch.Tensor] | None = None
+        self._flying: tuple[Any, list[torch.Tensor]] | None = None  # and what it reads
         self.queued_bytes = 0
         self.sent_bytes = 0
 
@@ -216,15 +218,16 @@ class TorchSender:
         self._connection.send(self._codec.pack(append), hold=True)
 
     def granted(self, size: int) -> None:
-        batch = self._take(size)
-        if self._flying is not None:
-            # Over already: the peer posts one receive at a time, so this credit says that the last one was filled.
-            self._group.finish(self._flying[0])
-        data = batch[0] if len(batch) == 1 else torch.cat(batch)
-        try:
-            self._flying = (self._group.group.send([data], _DRAFTER, 0), data)
-        except RuntimeError as error:
-            raise ConnectionError(f"the tensor plane failed: {error}") from error
+        with self._side.here():
+            batch = self._take(size)
+            if self._flying is not None:
+                # Over already: the peer posts one receive at a time, so this credit says that the last one was filled.
+                self._group.finish(self._flying[0])
+            data = batch[0] if len(batch) == 1 else torch.cat(batch)
+            try:
+                self._flying = (self._group.group.send([data], _DRAFTER, 0), [data, *batch])
+            except RuntimeError as error:
+                raise ConnectionError(f"the tensor plane failed: {error}") from error
         self.sent_bytes += size
 
     def close(self) -> None:
@@ -260,6 +263,7 @@ class TorchReceiver:
         self._hidden = hello.hidden
         self._dtype = DTYPES[hello.dtype]
         self._row_bytes = row_bytes(hello.hidden, self._dtype)
+        self._side = SideStream(group.device)
 
     def receive(self, append: Append) -> Iterator[tuple[Append, torch.Tensor]]:
         appends = [append]
@@ -271,13 +275,15 @@ class TorchReceiver:
             appends.append(following)
             sizes.append(check_append(following, self._row_bytes))
         size = sum(sizes)
-        rows = torch.empty(size // self._row_bytes, self._hidden, dtype=self._dtype, device=self._group.device)
-        try:
-            work = self._group.group.recv([rows], _VERIFIER, 0)
-        except RuntimeError as error:
-            raise ConnectionError(f"the tensor plane failed: {error}") from error
-        self._grant(size)
-        self._group.finish(work)
+        with self._side.here():
+            rows = torch.empty(size // self._row_bytes, self._hidden, dtype=self._dtype, device=self._group.device)
+            try:
+                work = self._group.group.recv([rows], _VERIFIER, 0)
+            except RuntimeError as error:
+                raise ConnectionError(f"the tensor plane failed: {error}") from error
+            self._grant(size)
+            self._group.finish(work)
+        self._side.hand_over(rows)
         yield from zip(appends, rows.split([each // self._row_bytes for each in sizes]))
 
     def close(self) -> None:

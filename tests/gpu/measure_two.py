@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cluster.link.face import VerifierLink
 from cluster.link.messages import DraftAsk, Piece
 from tests.cluster.link.echo import Echo, connect, serve
 from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not
@@ -32,6 +33,7 @@ from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, WAIT_S, BLOCK_TOKENS = 2, 120.0, 16
+BUSY_CYCLES = 4 * 10**9  # seconds of a GPU's time
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
 
 
@@ -70,7 +72,8 @@ def measure(task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as room:
         mp.spawn(_process, (task, room), nprocs=SIZE)
         found = json.loads((Path(room) / "found.json").read_text())
-    found["passed"] = found["worst_logit"] <= TOLERANCE[task.dtype] * found["largest_logit"] and found["link_right"]
+    right = found["worst_logit"] <= TOLERANCE[task.dtype] * found["largest_logit"]
+    found["passed"] = right and found["link_right"] and found["link_beside"] is not False
     return found
 
 
@@ -161,14 +164,20 @@ def _link(rank: int, task: Task, room: Path) -> dict[str, Any]:
         address.with_suffix(".part").write_text(server.address)
         address.with_suffix(".part").rename(address)
         dist.barrier()  # all was sent and asked for
+        beside = _answered_beside_work(task)
         rows = handler.rows("v/r/0").float().cpu()
         server.stop()
-        want = torch.arange(task.sends).repeat_interleave(task.rows).float()
+        want = torch.arange(task.sends + 1).repeat_interleave(task.rows).float()
         seconds = torch.zeros(1)
         dist.recv(seconds, 1)
-        size = rows.numel() * torch.finfo(task.dtype).bits // 8
+        size = task.sends * task.rows * task.hidden * torch.finfo(task.dtype).bits // 8
         right = torch.equal(rows[:, 0], want) and torch.equal(rows[:, -1], want)
-        return {"link_right": right, "link_seconds": float(seconds), "link_gb_s": size / float(seconds) / 1e9}
+        return {
+            "link_beside": beside,
+            "link_right": right,
+            "link_seconds": float(seconds),
+            "link_gb_s": size / float(seconds) / 1e9,
+        }
     deadline = time.monotonic() + WAIT_S
     while not address.exists():
         assert time.monotonic() < deadline, "rank 0 never opened its end of the link"
@@ -188,15 +197,31 @@ def _link(rank: int, task: Task, room: Path) -> dict[str, Any]:
     features = torch.empty(task.rows, task.hidden, dtype=task.dtype, device=task.device)
     began = time.perf_counter()
     for send in range(task.sends):
-        link.append([Piece("v/r/0", send * task.rows, task.rows)], features.fill_(send))
-        ask = DraftAsk("v/r/0", (send + 1) * task.rows, 7, 2)
-        link.ask([ask])
-        assert link.collect([ask], WAIT_S), "no answer came over the link"
+        _send(link, task, send, features)
     seconds = torch.tensor([time.perf_counter() - began])
+    dist.barrier()
+    dist.barrier()  # the other end's device is busy
+    _send(link, task, task.sends, features)
     dist.barrier()
     dist.send(seconds, 0)
     link.stop()
     return {}
+
+
+def _send(link: VerifierLink, task: Task, number: int, features: torch.Tensor) -> None:
+    link.append([Piece("v/r/0", number * task.rows, task.rows)], features.fill_(number))
+    ask = DraftAsk("v/r/0", (number + 1) * task.rows, 7, 2)
+    link.ask([ask])
+    assert link.collect([ask], WAIT_S), "no answer came over the link"
+
+
+def _answered_beside_work(task: Task) -> bool | None:
+    """Whether features arrive, and are answered, while this end's device still computes; None on a CPU."""
+    if task.device == "cuda":
+        torch.cuda._sleep(BUSY_CYCLES)
+    dist.barrier()
+    dist.barrier()  # all was answered
+    return None if task.device == "cpu" else not torch.cuda.default_stream().query()
 
 
 if __name__ == "__main__":
