@@ -1,8 +1,9 @@
 """Gated DeltaNet: committing a verified block by replay, against keeping the state after every position.
 
 Both verify the same random block and commit the same prefixes; their states must agree. What is counted is what a
-verify has to keep until its outcome is known, and the time of verify and commit in the recurrence itself: projections,
-convolution and output, which both need alike, are left out.
+verify has to keep until its outcome is known, how many bytes of states a verify and its commit read and write, and the
+time of both in the recurrence itself: projections, convolution and output, which both need alike, are left out.
+Replaying within the next verify, as the kernels do, is the same arithmetic and is counted only.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ LARGE = Shape("Qwen3.5-397B, 1 of 45 layers", 1, 64, 128, 128, 12288)
 
 @dataclass(frozen=True)
 class CommitRow:
-    """Milliseconds are medians. kept_bytes: between verify and commit, beside the states themselves."""
+    """Milliseconds are medians, None if not timed. kept_bytes: between verify and commit, beside the states themselves;
+    moved_bytes: of states, read and written by a verify and its commit.
+    """
 
     shape: str
     method: str
     rows: int
     block: int
-    verify_ms: float
-    commit_ms: float
+    verify_ms: float | None
+    commit_ms: float | None
     kept_bytes: int
+    moved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,10 @@ class _Block:
 
 
 @torch.inference_mode()
-def measure(shape: Shape, rows: int, block: int, repeats: int) -> tuple[CommitRow, CommitRow]:
-    """Replay, then snapshots, on one thread of the CPU. Raises BenchError if their committed states differ."""
+def measure(shape: Shape, rows: int, block: int, repeats: int) -> tuple[CommitRow, CommitRow, CommitRow]:
+    """Replay, snapshots (on one thread of the CPU) and replay in the next verify. Raises BenchError if their committed
+    states differ.
+    """
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
     blocks = [_random(shape, rows, block, generator) for _ in range(shape.layers)]
@@ -90,20 +96,25 @@ def measure(shape: Shape, rows: int, block: int, repeats: int) -> tuple[CommitRo
             f"{shape.name}: replay and snapshots commit states that differ by {difference:.1e} of their size"
         )
 
-    def row(method: str) -> CommitRow:
+    def row(method: str, passes: int) -> CommitRow:
         verify_ms, commit_ms = (1000 * statistics.median(seconds) for seconds in zip(*timed[method]))
-        return CommitRow(shape.name, method, rows, block, verify_ms, commit_ms, sizes[method])
+        return CommitRow(shape.name, method, rows, block, verify_ms, commit_ms, sizes[method], passes * start.nbytes)
 
-    return row("replay"), row("snapshots")
+    return (
+        row("replay", 3),  # read by both, written by the commit
+        row("snapshots", 3 + block),  # all that are written, and what stands from there to its place
+        CommitRow(shape.name, "replay in next verify", rows, block, None, None, sizes["replay"], 2 * start.nbytes),
+    )
 
 
 def table(rows: list[CommitRow]) -> Table:
     made = Table(title="Gated DeltaNet: verify and commit of a block", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("", "method", "rows x block", "verify ms", "commit ms", "kept MB"):
+    for heading in ("", "method", "rows x block", "verify ms", "commit ms", "kept MB", "states moved MB"):
         made.add_column(heading, justify="right" if heading.endswith(("ms", "MB", "block")) else "left")
     for row in rows:
-        sizes = (f"{row.verify_ms:.2f}", f"{row.commit_ms:.2f}", f"{row.kept_bytes / 1e6:.2f}")
-        made.add_row(row.shape, row.method, f"{row.rows} x {row.block}", *sizes)
+        times = ("-" if ms is None else f"{ms:.2f}" for ms in (row.verify_ms, row.commit_ms))
+        sizes = (f"{size / 1e6:.2f}" for size in (row.kept_bytes, row.moved_bytes))
+        made.add_row(row.shape, row.method, f"{row.rows} x {row.block}", *times, *sizes)
     return made
 
 

@@ -14,6 +14,7 @@ from kernels.draft_head import kernel as draft_head
 from kernels.draft_head import reference as draft_head_reference
 from kernels.gated_delta import kernel as gated_delta
 from kernels.gated_delta import reference as gated_delta_reference
+from kernels.kept_rows import KeptRows
 from kernels.kv_append import kernel as kv_append
 from kernels.kv_append import reference as kv_append_reference
 from kernels.paged_attention import kernel as paged_attention
@@ -153,63 +154,111 @@ def _head(machine: Machine, rows: int, width: int, vocabulary: int) -> Case:
 
 
 def _delta(machine: Machine, requests: int, heads: int, tokens: int) -> Iterator[Case]:
-    dim, count = 128, requests * tokens
-    query, key = F.normalize(machine.normal(2, count, heads // 2, dim).float(), dim=-1).unbind()
-    value = machine.normal(count, heads, dim)
-    beta, fade = torch.rand(2, count, heads, device=machine.device).unbind()
-    memory = machine.normal(requests, heads, dim, dim, dtype=torch.float32)
-    slots, starts = machine.ints(torch.randperm(requests)), machine.ints([tokens * row for row in range(requests + 1)])
-    kept = machine.ints([tokens // 2] * requests)
-    verify = (query, key, value, -fade, beta, memory, slots, starts)
-    done = gated_delta_reference.gated_delta_verify(*verify)
-    block = value.numel() * value.itemsize + 4 * (query.numel() + key.numel() + 2 * done.output.numel())
+    """A step of one token a request; one of blocks behind half of the blocks before; what no verify goes on from."""
+    for each, standing in ((1, 0), (tokens, 0), (tokens, tokens // 2)):
+        yield _delta_step(machine, requests, heads, each, standing)
+    memory, kept, rows = _kept_delta(machine, requests, heads, tokens, tokens // 2)
+    slots, states = machine.ints(torch.randperm(requests)), (memory, memory.clone())
+
+    def replay(way: Any, state: torch.Tensor) -> torch.Tensor:
+        way.gated_delta_replay(kept, state, slots, rows.first, rows.standing)
+        return state
+
+    # Advanced again by each run, here and below: equal numbers of runs stay comparable.
     yield Case(
-        f"gated_delta_verify {requests} x {tokens} tokens, {heads} heads x {dim}",
-        lambda: tuple(gated_delta.gated_delta_verify(*verify)),
-        lambda: tuple(gated_delta_reference.gated_delta_verify(*verify)),
-        moved=4 * memory.numel() + block,
+        f"gated_delta_replay {requests} x {tokens // 2} tokens, {heads} heads x {memory.shape[2]}",
+        lambda: replay(gated_delta, states[0]),
+        lambda: replay(gated_delta_reference, states[1]),
+        moved=2 * memory.nbytes + sum(part.nbytes for part in kept) // 4,
         tolerance=1e-4,
     )
 
-    def advancing(name: str, decay: torch.Tensor) -> Case:
-        def run(way: Any, state: torch.Tensor) -> torch.Tensor:
-            getattr(way, name)(key, decay, done.corrected, state, slots, starts[:-1], kept)
-            return state
 
-        states = memory.clone(), memory.clone()  # advanced again by each run: equal numbers of runs stay comparable
-        return Case(
-            f"{name} {requests} x {tokens // 2} of {tokens} tokens, {heads} heads x {dim}",
-            lambda: run(gated_delta, states[0]),
-            lambda: run(gated_delta_reference, states[1]),
-            moved=8 * memory.numel() + 4 * (key.numel() + done.corrected.numel()) * (tokens // 2) // tokens,
-            tolerance=1e-4,
-        )
+def _kept_delta(
+    machine: Machine, requests: int, heads: int, tokens: int, standing: int
+) -> tuple[torch.Tensor, gated_delta_reference.KeptDelta, KeptRows]:
+    """States, what a step has kept with room for another, and rows of which `standing` tokens stand."""
+    dim, places = 128, 2 * requests * tokens
+    kept = gated_delta_reference.KeptDelta(
+        F.normalize(machine.normal(places, heads // 2, dim, dtype=torch.float32), dim=-1),
+        -torch.rand(places, heads, device=machine.device),
+        machine.normal(places, heads, dim, dtype=torch.float32),
+    )
+    own = [tokens * row for row in range(requests)]
+    there = [requests * tokens + first for first in own]
+    rows = KeptRows(machine.ints(own), machine.ints([standing] * requests), machine.ints(there))
+    return machine.normal(requests, heads, dim, dim, dtype=torch.float32), kept, rows
 
-    yield advancing("gated_delta_commit", done.decay)
-    yield advancing("gated_delta_replay", -fade)
+
+def _delta_step(machine: Machine, requests: int, heads: int, tokens: int, standing: int) -> Case:
+    """Its state is read once, and written once if anything is certain."""
+    memory, kept, rows = _kept_delta(machine, requests, heads, tokens, standing)
+    dim, count = memory.shape[2], requests * tokens
+    query, key = F.normalize(machine.normal(2, count, heads // 2, dim).float(), dim=-1).unbind()
+    value = machine.normal(count, heads, dim)
+    beta, fade = torch.rand(2, count, heads, device=machine.device).unbind()
+    slots, starts = machine.ints(torch.randperm(requests)), machine.ints([tokens * row for row in range(requests + 1)])
+    states = [(memory, kept), (memory.clone(), gated_delta_reference.KeptDelta(*(part.clone() for part in kept)))]
+
+    def step(way: Any, state: torch.Tensor, room: gated_delta_reference.KeptDelta) -> tuple[torch.Tensor, ...]:
+        output = way.gated_delta_verify(query, key, value, -fade, beta, state, slots, starts, room, rows)
+        return output, state, *room
+
+    block = value.nbytes + 4 * (query.numel() + key.numel() + 2 * beta.numel() + value.numel())
+    per_token = sum(part.nbytes for part in kept) // (2 * count)
+    held = per_token * ((count if tokens > 1 else 0) + requests * standing)
+    written = tokens == 1 or standing > 0
+    return Case(
+        f"gated_delta_verify {requests} x {tokens} tokens behind {standing}, {heads} heads x {dim}",
+        lambda: step(gated_delta, *states[0]),
+        lambda: step(gated_delta_reference, *states[1]),
+        moved=(1 + written) * memory.nbytes + block + held,
+        tolerance=1e-4,
+    )
 
 
 def _conv(machine: Machine, requests: int, tokens: int, channels: int) -> Iterator[Case]:
     mixed, weight = machine.normal(requests * tokens, channels), machine.normal(channels, 4)
     state, slots = machine.normal(requests, 3, channels), machine.ints(torch.randperm(requests))
-    starts, kept = machine.ints([tokens * row for row in range(requests + 1)]), machine.ints([tokens // 2] * requests)
+    own = [tokens * row for row in range(requests + 1)]
+    starts, standing = machine.ints(own), tokens // 2
+    kept = machine.normal(2 * len(mixed), channels)
+    into = machine.ints([len(mixed) + first for first in own[:-1]])
+    rows = KeptRows(starts[:-1].clone(), machine.ints([standing] * requests), into)
+    states = [(state, kept), (state.clone(), kept.clone())]
+
+    def verify(way: Any, own: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return way.short_conv_verify(mixed, weight, own, slots, starts, room, rows), own, room
+
+    before = min(standing, state.shape[1]) * requests * channels
     yield Case(
-        f"short_conv_verify {requests} x {tokens} tokens, {channels} channels",
-        lambda: short_conv.short_conv_verify(mixed, weight, state, slots, starts),
-        lambda: short_conv_reference.short_conv_verify(mixed, weight, state, slots, starts),
-        moved=mixed.itemsize * (2 * mixed.numel() + state.numel() + weight.numel()),
+        f"short_conv_verify {requests} x {tokens} tokens behind {standing}, {channels} channels",
+        lambda: verify(short_conv, *states[0]),
+        lambda: verify(short_conv_reference, *states[1]),
+        moved=mixed.itemsize * (3 * mixed.numel() + 2 * state.numel() + before + weight.numel()),
+    )
+    moving = state.clone(), state.clone()
+
+    def advance(way: Any, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return way.short_conv_advance(mixed, weight, own, slots, starts), own
+
+    yield Case(
+        f"short_conv_advance {requests} x {tokens} tokens, {channels} channels",
+        lambda: advance(short_conv, moving[0]),
+        lambda: advance(short_conv_reference, moving[1]),
+        moved=mixed.itemsize * (2 * mixed.numel() + 2 * state.numel() + weight.numel()),
     )
 
-    def commit(way: Any, own: torch.Tensor) -> torch.Tensor:
-        way.short_conv_commit(mixed, own, slots, starts[:-1], kept)
+    def replay(way: Any, own: torch.Tensor) -> torch.Tensor:
+        way.short_conv_replay(mixed, own, slots, rows.first, rows.standing)
         return own
 
-    states = state.clone(), state.clone()
+    replayed = state.clone(), state.clone()
     yield Case(
-        f"short_conv_commit {requests} x {tokens // 2} of {tokens} tokens, {channels} channels",
-        lambda: commit(short_conv, states[0]),
-        lambda: commit(short_conv_reference, states[1]),
-        moved=2 * state.itemsize * state.numel(),
+        f"short_conv_replay {requests} x {standing} tokens, {channels} channels",
+        lambda: replay(short_conv, replayed[0]),
+        lambda: replay(short_conv_reference, replayed[1]),
+        moved=2 * state.nbytes,
         tolerance=1e-12,
     )
 

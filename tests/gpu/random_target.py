@@ -110,12 +110,12 @@ class RandomTarget:
 
     def floor_bytes(self, requests: int, rows: int, context: int) -> int:
         """Of a verify: weights once (of routed experts, those expected to be hit by evenly spread choices), the cache
-        of every request, states read by the verify and both read and written by the commit.
+        of every request, states read and written.
         """
         experts, chosen = self.config.text.get("num_experts") or 0, self.config.text.get("num_experts_per_tok") or 0
         hit = 1 - (1 - chosen / experts) ** rows if experts else 1.0
         weights = self.read - int(self.routed * (1 - hit))
-        return weights + requests * (context * self.token_bytes + 3 * self.state_bytes)
+        return weights + requests * (context * self.token_bytes + 2 * self.state_bytes)
 
 
 @torch.inference_mode()

@@ -20,13 +20,12 @@ KERNELS = {
     "_sections",
     "_join",
     "_verify",
-    "_commit",
     "_replay",
     "_rotate_and_append",
     "_norm",
 }
 KERNELS |= {"_head_race", "_head_logits"}
-KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_commit_conv"}
+KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_convolve_tokens", "_append"}
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
 KERNELS |= {"_product", "_add"}

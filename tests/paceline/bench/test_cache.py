@@ -29,8 +29,9 @@ def test_turns_of_conversations_find_what_was_said_and_change_no_text():
 
 def test_replay_keeps_less_than_snapshots_and_commits_the_same_state():
     shape = commit.Shape("small", layers=2, heads=2, key_dim=16, value_dim=8, channels=32)
-    replay, snapshots = rows = commit.measure(shape, rows=3, block=4, repeats=1)
+    replay, snapshots, fused = rows = commit.measure(shape, rows=3, block=4, repeats=1)
     assert replay.kept_bytes < snapshots.kept_bytes / 2
+    assert fused.moved_bytes < replay.moved_bytes < snapshots.moved_bytes
     console = Console(record=True, width=120)
     console.print(commit.table(list(rows)))
     assert "snapshots" in console.export_text()

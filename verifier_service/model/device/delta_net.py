@@ -1,4 +1,4 @@
-"""Gated DeltaNet over kernels: a verify's rows as they lie in the step, its commit by the states."""
+"""Gated DeltaNet over kernels: rows as they lie in the step, states read and written once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from kernels.delta_inputs.kernel import delta_inputs
 from kernels.delta_inputs.reference import DeltaInputs
 from kernels.gated_delta.kernel import gated_delta_verify
-from kernels.gated_delta.reference import BlockOutcome
 from kernels.gated_norm.kernel import gated_norm
 from kernels.short_conv.kernel import short_conv_verify
 from verifier_service.model.device.states import KernelStates, StateRows
@@ -19,7 +18,7 @@ from verifier_service.model.gated_delta_net import RaggedGatedDeltaNet
 
 
 class KernelGatedDeltaNet(RaggedGatedDeltaNet):
-    """As RaggedGatedDeltaNet, but that every verify is kept for the next commit, one of single tokens too.
+    """As RaggedGatedDeltaNet, but that a verify takes what stands of its slots' last blocks into their states.
 
     Prefill chunks run through the chunk rule, one by one.
     """
@@ -32,14 +31,30 @@ class KernelGatedDeltaNet(RaggedGatedDeltaNet):
         outputs = []
         if step.verify is not None:
             own = slice(step.verify.tokens)
-            inputs, done = self._run(step.states, step.verify, mixed[own], a[own], b[own])
-            step.states.keep_tokens(self.state_layer, mixed[own], inputs, done)
-            outputs.append(done.output)
+            outputs.append(self._verify_rows(step.states, step.verify, mixed[own], a[own], b[own]))
         if step.prefill:
             outputs += self._prefills(step, mixed, a, b)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tokens, heads, value_dim]
         output = gated_norm(output, self.norm, self.norm_eps, gate)
         return self.total(self.out_proj(output), self.ranks)
+
+    def _verify_rows(
+        self, states: KernelStates, rows: StateRows, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        layer = self.state_layer
+        assert rows.kept is not None, "which of its tokens stand is known in the next step"
+        convolved = short_conv_verify(
+            *(mixed, self.conv, states.conv[layer], rows.slots, rows.starts, states.kept_mixed[layer], rows.kept)
+        )
+        inputs = self._inputs(convolved, a, b)
+        return gated_delta_verify(
+            *(*inputs, states.memory[layer], rows.slots, rows.starts, states.kept(layer), rows.kept)
+        )
+
+    def _inputs(self, convolved: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> DeltaInputs:
+        return delta_inputs(
+            *(convolved, a, b, self.negative_rate, self.dt_bias), key_heads=self.key_heads, key_dim=self.key_dim
+        )
 
     def _prefills(self, step: DeviceStep, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
         """Of all the step's tokens -> outputs [tokens, heads, value_dim] of the chunks, whose states advance."""
@@ -50,14 +65,3 @@ class KernelGatedDeltaNet(RaggedGatedDeltaNet):
             log_decay = F.softplus(a[own].float() + self.dt_bias).mul_(self.negative_rate)
             outputs.append(self._prefill(step.states, part, mixed[own], log_decay, torch.sigmoid(b[own].float())))
         return outputs
-
-    def _run(
-        self, states: KernelStates, rows: StateRows, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-    ) -> tuple[DeltaInputs, BlockOutcome]:
-        """The rows' tokens from their slots' states, which stay as they are."""
-        layer = self.state_layer
-        convolved = short_conv_verify(mixed, self.conv, states.conv[layer], rows.slots, rows.starts)
-        inputs = delta_inputs(
-            *(convolved, a, b, self.negative_rate, self.dt_bias), key_heads=self.key_heads, key_dim=self.key_dim
-        )
-        return inputs, gated_delta_verify(*inputs, states.memory[layer], rows.slots, rows.starts)

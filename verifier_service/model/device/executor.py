@@ -60,13 +60,13 @@ class KernelExecutor:
         caches, latents = storage.layers(model.kv_shapes), storage.latents(model.latent_shapes)
         self.cache_bytes = held_by([*caches.values(), *latents.values()])
         most = path.rows(num_slots)
-        self._states = _states(model, storage, num_slots, checkpoint_bytes, most, forms.stepwise)
+        self._states = _states(model, storage, num_slots, checkpoint_bytes, most)
         self.checkpoints = None if self._states is None else self._states.checkpoints
         held: tuple[int, int] = (0, 0) if self._states is None else self._states.held
         self.state_bytes, self.saved_bytes = held
         max_blocks = -(-max_context // storage.block_tokens)
         self._tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=self._device)
-        self._writer = InputWriter(tables, max_blocks, self._device)
+        self._writer = InputWriter(tables, max_blocks, self._device, kept=most if self._states is not None else 0)
         self._forward = KernelForward(
             model,
             {layer: cache_tensors(cache) for layer, cache in caches.items()},
@@ -186,7 +186,7 @@ def _prefill_parts(plan: StepPlan) -> tuple[PrefillPart, ...]:
 
 
 def _states(
-    model: RankModel, storage: KvStorage, slots: int, checkpoint_bytes: int, max_verify: int, stepwise: bool
+    model: RankModel, storage: KvStorage, slots: int, checkpoint_bytes: int, max_verify: int
 ) -> KernelStates | None:
     if not model.recurrent:
         return None
@@ -197,6 +197,5 @@ def _states(
         key_heads=model.recurrent[0].key_heads,
         checkpoint_bytes=checkpoint_bytes,
         max_checkpoints=storage.blocks,
-        stepwise=stepwise,
         **state_shape(model, storage),
     )

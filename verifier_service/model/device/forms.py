@@ -13,20 +13,16 @@ from verifier_service.model.device.stepwise_delta_net import StepwiseKernelDelta
 
 @dataclass(frozen=True)
 class KernelForms:
-    """section: how attention cuts the contexts of a step with so many rows. stepwise: whether recurrent states commit
-    token by token. shards: whether truncation may be decided from the shards of the vocabulary, whose masses round
-    otherwise than those of a whole row.
+    """section: how attention cuts the contexts of a step with so many rows. shards: whether truncation may be decided
+    from the shards of the vocabulary, whose masses round otherwise than those of a whole row.
     """
 
     delta_net: type[KernelGatedDeltaNet]
     latent_attention: type[KernelLatentAttention]
     section: Callable[[int], int | None]
-    stepwise: bool
     shards: bool
 
 
-FAST = KernelForms(KernelGatedDeltaNet, KernelLatentAttention, section_for, stepwise=False, shards=True)
+FAST = KernelForms(KernelGatedDeltaNet, KernelLatentAttention, section_for, shards=True)
 # A row's result does not depend on what else is in the step; with DeterministicTritonOperations.
-DETERMINISTIC = KernelForms(
-    StepwiseKernelDeltaNet, TiledKernelLatentAttention, any_section, stepwise=True, shards=False
-)
+DETERMINISTIC = KernelForms(StepwiseKernelDeltaNet, TiledKernelLatentAttention, any_section, shards=False)

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from kernels.kept_rows import KeptRows
 from kernels.paged_batch import PagedBatch
 from kernels.step_inputs.kernel import step_inputs
 from verifier_service.model.device.attended import attended
@@ -85,7 +86,7 @@ class KernelForward:
             caches=self._caches,
             latents=self._latents,
             states=self._states,
-            verify=StateRows(verified, inputs.slots[: work.verify], starts[: work.verify + 1]) if work.verify else None,
+            verify=_verify_rows(inputs, work.verify, verified) if work.verify else None,
             prefill=work.prefill,
             prefill_runs=prefill_runs(work.prefill, work.verify, inputs.slots, starts) if work.prefill else (),
         )
@@ -105,3 +106,8 @@ class KernelForward:
             normed if wanted is None else normed.index_select(0, wanted),
             torch.cat([tapped[layer] for layer in taps], dim=-1) if taps else None,
         )
+
+
+def _verify_rows(inputs: FixedInputs[torch.Tensor], rows: int, tokens: int) -> StateRows:
+    kept = KeptRows(inputs.kept_first[:rows], inputs.kept_standing[:rows], inputs.kept_into[:rows])
+    return StateRows(tokens, inputs.slots[:rows], inputs.query_starts[: rows + 1], kept)

@@ -21,30 +21,50 @@ class StepInputs:
     changing: ChangingInputs[torch.Tensor]
 
 
-class InputWriter:
-    """Writes plans; remembers where each slot's row began in the step before, for its commit.
-
-    tables: the host's copy of the block tables, which follows the plans; max_blocks: of one slot.
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan makes of the tokens kept in the step before. goes_on: slot -> how many of its tokens a verify row
+    takes into its state; the others as in ChangingInputs, row by row.
     """
 
-    def __init__(self, tables: BlockTables, max_blocks: int, device: torch.device):
+    goes_on: dict[int, int]
+    commits: list[tuple[int, int, int]]
+    replays: list[tuple[int, int, int, int]]
+    copies: list[tuple[int, int]]
+
+
+class InputWriter:
+    """Writes plans; remembers where the verify rows of the step before were kept, for their commit.
+
+    tables: the host's copy of the block tables, which follows the plans; max_blocks: of one slot. kept: tokens of a
+    step that recurrent states have room to keep, beside those of the step before; 0: there are no such states.
+    """
+
+    def __init__(self, tables: BlockTables, max_blocks: int, device: torch.device, kept: int):
         self._tables, self._max_blocks, self._device = tables, max_blocks, device
-        self._first: dict[int, int] = {}  # by slot, of the last step's verify rows
+        self._kept, self._into = kept, 0
+        self._first: dict[int, int] = {}  # by slot, of the last step's verify rows of several tokens
 
     def changing(self, plan: StepPlan) -> ChangingLayout:
         completed = sum(chunk.completes_prompt for chunk in plan.prefill)
-        replays = sum(self._replays(slot, kept) for slot, kept, _ in plan.saved)
+        outcome = self._outcome(plan)
         return ChangingLayout(
             wanted=sum(len(row.token_ids) for row in plan.verify) + completed if plan.prefill else 0,
             moves=len(plan.new_blocks),
-            commits=sum(slot in self._first for slot, _ in plan.decided),
-            replays=replays,
-            copies=len(plan.saved) - replays,
+            commits=len(outcome.commits),
+            replays=len(outcome.replays),
+            copies=len(outcome.copies),
         )
 
-    def _replays(self, slot: int, kept: int) -> bool:
-        """Whether a checkpoint is of a state inside the step before, or of the one that is there after its commit."""
-        return kept > 0 and slot in self._first
+    def _outcome(self, plan: StepPlan) -> Outcome:
+        first = self._first
+        inside = [(slot, first[slot], kept, at) for slot, kept, at in plan.saved if kept and slot in first]
+        copies = [(slot, at) for slot, kept, at in plan.saved if not kept or slot not in first]
+        decided = [(slot, kept) for slot, kept in plan.decided if slot in first]
+        verified = {row.slot for row in plan.verify} - {slot for slot, _ in plan.restored} if decided else ()
+        goes_on = {slot: kept for slot, kept in decided if slot in verified}
+        commits = [(slot, first[slot], kept) for slot, kept in decided if slot not in goes_on]
+        return Outcome(goes_on, commits, inside, copies)
 
     def write(
         self, plan: StepPlan, fixed: FixedLayout, changing: ChangingLayout, into: torch.Tensor | None = None
@@ -56,13 +76,14 @@ class InputWriter:
         count = fixed.words + changing.words
         host = torch.empty(count, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         words = host.numpy()
-        self._write_changing(plan, changing.of(words[fixed.words :]))
-        self._write_fixed(plan, fixed.of(words))
+        outcome = self._outcome(plan)
+        self._write_changing(plan, outcome, changing.of(words[fixed.words :]))
+        self._write_fixed(plan, outcome, fixed.of(words))
         there = torch.empty(count, dtype=torch.int32, device=self._device) if into is None else into[:count]
         there.copy_(host, non_blocking=True)
         return StepInputs(fixed.of(there), changing.of(there[fixed.words :]))
 
-    def _write_fixed(self, plan: StepPlan, parts: FixedInputs[np.ndarray]) -> None:
+    def _write_fixed(self, plan: StepPlan, outcome: Outcome, parts: FixedInputs[np.ndarray]) -> None:
         work = _work(plan)
         counts = [len(item.token_ids) for item in work]
         requests, total = len(work), sum(counts)
@@ -77,14 +98,30 @@ class InputWriter:
         parts.query_starts[requests + 1 :] = total
         for item in work:
             self._tables.check(item.slot, item.start + len(item.token_ids))
-        self._first = {row.slot: int(parts.query_starts[index]) for index, row in enumerate(plan.verify)}
+        self._write_kept(plan, outcome, parts)
 
-    def _write_changing(self, plan: StepPlan, parts: ChangingInputs[np.ndarray]) -> None:
-        first = self._first
-        _fill(parts.commits, [(slot, first[slot], kept) for slot, kept in plan.decided if slot in first])
-        replays = [(slot, first[slot], kept, at) for slot, kept, at in plan.saved if self._replays(slot, kept)]
-        _fill(parts.replays, replays)
-        _fill(parts.copies, [(slot, at) for slot, kept, at in plan.saved if not self._replays(slot, kept)])
+    def _write_kept(self, plan: StepPlan, outcome: Outcome, parts: FixedInputs[np.ndarray]) -> None:
+        """Two steps in a row keep tokens in different halves of the room: one is read while the other is written."""
+        for part in (parts.kept_first, parts.kept_standing, parts.kept_into):
+            part[:] = 0
+        if not self._kept:
+            return
+        verified = sum(len(row.token_ids) for row in plan.verify)
+        assert verified <= self._kept, f"{verified} tokens to verify, and room to keep {self._kept}"
+        before, self._first = self._first, {}
+        self._into = self._kept - self._into
+        for index, row in enumerate(plan.verify):
+            into = self._into + int(parts.query_starts[index])
+            parts.kept_into[index] = into
+            if row.slot in outcome.goes_on:
+                parts.kept_first[index], parts.kept_standing[index] = before[row.slot], outcome.goes_on[row.slot]
+            if len(row.token_ids) > 1:
+                self._first[row.slot] = into
+
+    def _write_changing(self, plan: StepPlan, outcome: Outcome, parts: ChangingInputs[np.ndarray]) -> None:
+        _fill(parts.commits, outcome.commits)
+        _fill(parts.replays, outcome.replays)
+        _fill(parts.copies, outcome.copies)
         for slot in plan.released:
             self._tables.release(slot)
         cells = [slot * self._max_blocks + self._tables.append(slot, block) for slot, block in plan.new_blocks]

@@ -21,7 +21,8 @@ ALIGNED = 4  # words: a kernel is compiled once more for an argument that does n
 @dataclass(frozen=True)
 class FixedInputs(Generic[T]):
     """token_ids [rows], a negative one -1 - i standing for the token that the step before took at row i of its logits;
-    starts, slots [requests]; query_starts [requests + 1]. Padding: requests without rows at the end, slot 0, and tokens
+    starts, slots [requests]; query_starts [requests + 1]. kept_first, kept_standing, kept_into [requests]: of verify
+    rows over recurrent states, see kernels.kept_rows. Padding: requests without rows at the end, slot 0, and tokens
     that belong to no request.
     """
 
@@ -29,13 +30,17 @@ class FixedInputs(Generic[T]):
     starts: T
     slots: T
     query_starts: T
+    kept_first: T
+    kept_standing: T
+    kept_into: T
 
 
 @dataclass(frozen=True)
 class ChangingInputs(Generic[T]):
     """logit_rows [any]: rows of the step whose logits are wanted. cells, blocks [moves]: what to enter into the block
-    tables. commits [3, any]: slot, first token in the step before, kept. replays [4, any]: the same of a state that
-    goes into a checkpoint, and which. copies [2, any]: slot, checkpoint.
+    tables. commits [3, any]: slot, where its tokens are kept, how many stand, of those that no verify row of this step
+    goes on from. replays [4, any]: the same of a state that goes into a checkpoint, and which. copies [2, any]: slot,
+    checkpoint.
     """
 
     logit_rows: T
@@ -55,7 +60,8 @@ class FixedLayout:
 
     @property
     def _sizes(self) -> tuple[int, ...]:
-        return self.rows, self.requests, self.requests, self.requests + 1
+        each = self.requests
+        return self.rows, each, each, each + 1, each, each, each
 
     @property
     def words(self) -> int:

@@ -1,4 +1,7 @@
-"""Recurrent states whose verify and commit run over kernels, all layers of a commit in one launch."""
+"""Recurrent states over kernels: a verify takes what stands of a slot's last block into its state by itself.
+
+What is left for other launches, of all layers at once: blocks that no verify goes on from, and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any
 
 import torch
 
-from kernels.delta_inputs.reference import DeltaInputs
-from kernels.gated_delta.kernel import gated_delta_commit, gated_delta_replay
-from kernels.gated_delta.reference import BlockOutcome
-from kernels.short_conv.kernel import short_conv_commit
+from kernels.gated_delta.kernel import gated_delta_replay
+from kernels.gated_delta.reference import KeptDelta
+from kernels.kept_rows import KeptRows
+from kernels.short_conv.kernel import short_conv_replay
 from verifier_service.model.device.layout import ChangingInputs
 from verifier_service.model.recurrent_state import RecurrentStates
 
@@ -18,32 +21,31 @@ from verifier_service.model.recurrent_state import RecurrentStates
 @dataclass(frozen=True)
 class StateRows:
     """`tokens` consecutive tokens of a step, padding included. slots int32 [rows], starts int32 [rows + 1], from the
-    first of them.
+    first of them. kept: None where all tokens are certain.
     """
 
     tokens: int
     slots: torch.Tensor
     starts: torch.Tensor
+    kept: KeptRows | None = None
 
 
 class KernelStates(RecurrentStates):
-    """As RecurrentStates, with room for what the commit of a verify of up to `tokens` tokens needs.
+    """As RecurrentStates, with room for what two verifies in a row of up to `tokens` tokens keep.
 
-    kept_mixed [layers, tokens, channels]: convolution inputs; kept_keys [layers, tokens, key_heads, key_dim] float32;
-    kept_decay [layers, tokens, heads], kept_corrected [layers, tokens, heads, value_dim]: of the delta rule's verify.
-    The room is fixed, so that CUDA graphs may write to it. stepwise: commits go token by token, to bits that do not
-    depend on how tokens were cut into blocks.
+    kept_mixed [layers, places, channels]: convolution inputs; kept_keys [layers, places, key_heads, key_dim],
+    kept_decay [layers, places, heads] and kept_corrected [layers, places, heads, value_dim] float32: of the delta rule.
+    The room is fixed, so that CUDA graphs may write to it.
     """
 
-    def __init__(self, layers: int, slots: int, *, tokens: int, key_heads: int, stepwise: bool = False, **shape: Any):
+    def __init__(self, layers: int, slots: int, *, tokens: int, key_heads: int, **shape: Any):
         super().__init__(layers, slots, **shape)
-        self._stepwise, self._delta_commit = stepwise, gated_delta_replay if stepwise else gated_delta_commit
         heads, key_dim, value_dim = self.memory.shape[2:]
-        self.tokens = tokens
-        self.kept_mixed = self.conv.new_zeros(layers, tokens, self.conv.shape[3])
-        self.kept_keys = self.memory.new_zeros(layers, tokens, key_heads, key_dim)
-        self.kept_decay = self.memory.new_zeros(layers, tokens, heads)
-        self.kept_corrected = self.memory.new_zeros(layers, tokens, heads, value_dim)
+        self._places = 2 * tokens
+        self.kept_mixed = self.conv.new_zeros(layers, self._places, self.conv.shape[3])
+        self.kept_keys = self.memory.new_zeros(layers, self._places, key_heads, key_dim)
+        self.kept_decay = self.memory.new_zeros(layers, self._places, heads)
+        self.kept_corrected = self.memory.new_zeros(layers, self._places, heads, value_dim)
 
     @property
     def held(self) -> tuple[int, int]:
@@ -52,25 +54,12 @@ class KernelStates(RecurrentStates):
         states = self.conv.nbytes + self.memory.nbytes + sum(tensor.nbytes for tensor in kept)
         return states, self.checkpoint_conv.nbytes + self.checkpoint_memory.nbytes
 
-    def keep_tokens(self, layer: int, mixed: torch.Tensor, inputs: DeltaInputs, done: BlockOutcome) -> None:
-        """Of one layer's verify, until the next commit."""
-        count = len(mixed)
-        self.kept_mixed[layer, :count].copy_(mixed)
-        self.kept_keys[layer, :count].copy_(inputs.key)
-        self.kept_decay[layer, :count].copy_(inputs.log_decay if self._stepwise else done.decay)
-        self.kept_corrected[layer, :count].copy_(done.corrected)
-
-    def advance_at_once(
-        self, layer: int, mixed: torch.Tensor, inputs: DeltaInputs, done: BlockOutcome, rows: StateRows
-    ) -> None:
-        """All tokens of one layer's rows are kept, for they are certain. Only of states that are stepwise."""
-        assert self._stepwise, "what is kept differs"
-        first, count = rows.starts[:-1], rows.starts.diff()
-        short_conv_commit(mixed, self.conv[layer], rows.slots, first, count)
-        gated_delta_replay(inputs.key, inputs.log_decay, done.corrected, self.memory[layer], rows.slots, first, count)
+    def kept(self, layer: int) -> KeptDelta:
+        """Of one layer."""
+        return KeptDelta(self.kept_keys[layer], self.kept_decay[layer], self.kept_corrected[layer])
 
     def settle(self, inputs: ChangingInputs[torch.Tensor]) -> None:
-        """Advance the states by what stands of the last verify, and save those that become checkpoints.
+        """Advance the states that no verify row will, and save those that become checkpoints.
 
         Waits for nothing. A replay starts from the state before the commit, a copy is made after it.
         """
@@ -78,22 +67,20 @@ class KernelStates(RecurrentStates):
             slots, first, kept, checkpoints = inputs.replays
             at, into = slots.long(), checkpoints.long()
             self.checkpoint_conv[:, into], self.checkpoint_memory[:, into] = self.conv[:, at], self.memory[:, at]
-            self._advance(self.checkpoint_conv, self.checkpoint_memory, checkpoints, first, kept)
+            self._replay_layers(self.checkpoint_conv, self.checkpoint_memory, checkpoints, first, kept)
         if inputs.commits.shape[1]:
-            self._advance(self.conv, self.memory, *inputs.commits)
+            self._replay_layers(self.conv, self.memory, *inputs.commits)
         if inputs.copies.shape[1]:
             at, into = (part.long() for part in inputs.copies)
             self.checkpoint_conv[:, into], self.checkpoint_memory[:, into] = self.conv[:, at], self.memory[:, at]
 
-    def _advance(
-        self, conv: torch.Tensor, memory: torch.Tensor, slots: torch.Tensor, first: torch.Tensor, kept: torch.Tensor
+    def _replay_layers(
+        self, conv: torch.Tensor, memory: torch.Tensor, slots: torch.Tensor, first: torch.Tensor, count: torch.Tensor
     ) -> None:
-        """Layers are so many more slots and tokens."""
+        """Layers are so many more slots and places."""
         layer = torch.arange(conv.shape[0], device=slots.device)[:, None]
-        slots, first = (slots + layer * conv.shape[1]).flatten(), (first + layer * self.tokens).flatten()
-        kept = kept.repeat(conv.shape[0])
-        short_conv_commit(self.kept_mixed.flatten(0, 1), conv.flatten(0, 1), slots, first, kept)
-        self._delta_commit(
-            *(self.kept_keys.flatten(0, 1), self.kept_decay.flatten(0, 1), self.kept_corrected.flatten(0, 1)),
-            *(memory.flatten(0, 1), slots, first, kept),
-        )
+        slots, first = (slots + layer * conv.shape[1]).flatten(), (first + layer * self._places).flatten()
+        count = count.repeat(conv.shape[0])
+        kept = KeptDelta(*(part.flatten(0, 1) for part in (self.kept_keys, self.kept_decay, self.kept_corrected)))
+        short_conv_replay(self.kept_mixed.flatten(0, 1), conv.flatten(0, 1), slots, first, count)
+        gated_delta_replay(kept, memory.flatten(0, 1), slots, first, count)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import torch
 
+from kernels.gated_delta.kernel import gated_delta_advance
+from kernels.short_conv.kernel import short_conv_advance
 from verifier_service.model.device.delta_net import KernelGatedDeltaNet
 from verifier_service.model.device.states import KernelStates
 from verifier_service.model.device.step import DeviceStep, PrefillRun
 
 
 class StepwiseKernelDeltaNet(KernelGatedDeltaNet):
-    """As KernelGatedDeltaNet. Its states must be stepwise."""
+    """As KernelGatedDeltaNet."""
 
     def _prefills(self, step: DeviceStep, mixed: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
         assert step.states is not None, "a hybrid model needs recurrent states"
@@ -31,9 +33,10 @@ class StepwiseKernelDeltaNet(KernelGatedDeltaNet):
             if part.fresh:
                 states.conv[layer, part.slot].zero_()
                 states.memory[layer, part.slot].zero_()
-        inputs, done = self._run(states, run.rows, mixed, a, b)
-        states.advance_at_once(layer, mixed, inputs, done, run.rows)
+        slots, starts = run.rows.slots, run.rows.starts
+        convolved = short_conv_advance(mixed, self.conv, states.conv[layer], slots, starts)
+        output = gated_delta_advance(*self._inputs(convolved, a, b), states.memory[layer], slots, starts)
         for part in run.parts:
             if part.checkpoint >= 0:
                 states.save(layer, part.slot, part.checkpoint)
-        return done.output
+        return output
