@@ -100,7 +100,8 @@ def rank_memory(target: TargetModel, limits: Limits, drafter_bytes: int, availab
 
 
 def _working(target: TargetModel, limits: Limits, cache: CacheFootprint) -> int:
-    """Runtime, activations of a full step, a full verify's logits (bfloat16 parts and float32) and GDN inputs."""
+    """Runtime, activations of a full step, a full verify's logits (bfloat16 parts and float32) and what two verifies
+    keep for recurrent states."""
     config = target.config
     widest = max(
         int(config.text.get(key) or 0) for key in ("intermediate_size", "moe_intermediate_size", "hidden_size")
@@ -108,7 +109,7 @@ def _working(target: TargetModel, limits: Limits, cache: CacheFootprint) -> int:
     routed = int(config.text.get("num_experts_per_tok") or 1)
     activations = limits.max_step_tokens * (ACTIVATIONS * config.hidden + 2 * routed * widest // limits.size)
     logits = limits.verified_tokens * config.vocabulary * (target.itemsize + 4)
-    return RUNTIME_BYTES + activations * target.itemsize + logits + limits.verified_tokens * cache.replay_bytes
+    return RUNTIME_BYTES + activations * target.itemsize + logits + 2 * limits.verified_tokens * cache.replay_bytes
 
 
 @dataclass(frozen=True)
