@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from modeling.dflash_config import FULL, SLIDING, DFlash2, DFlashConfig, DraftCheckpointError
+from modeling.fixed_linear import fixed_linear
 
 __all__ = [
     "FULL",
@@ -34,15 +35,25 @@ class FeatureFuser:
     Callable: taps [n, taps x hidden] -> features [n, hidden], in the dtype it was loaded in.
     """
 
-    def __init__(self, config: DFlashConfig, fc: torch.Tensor, hidden_norm: torch.Tensor, eps: float = 1e-6):
+    def __init__(
+        self,
+        config: DFlashConfig,
+        fc: torch.Tensor,
+        hidden_norm: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
         if fc.shape != (config.hidden, len(config.target_layer_ids) * config.hidden):
             raise DraftCheckpointError(
                 f"{config.directory}: fc.weight is {tuple(fc.shape)}, but hidden_size {config.hidden} and "
                 f"{len(config.target_layer_ids)} taps need "
                 f"({config.hidden}, {len(config.target_layer_ids) * config.hidden})"
             )
-        self.config, self.fc, self.hidden_norm, self.eps = config, fc, hidden_norm, eps
+        self.config, self.dtype = config, dtype
         self.feature_version = feature_version(fc, hidden_norm, config.target_layer_ids)
+        self._multiply = fixed_linear(fc.to(device=device, dtype=dtype))
+        self._norm = hidden_norm.to(device=device, dtype=dtype)
+        self._eps = config.raw.get("rms_norm_eps", 1e-6)
 
     @classmethod
     def load(
@@ -51,9 +62,7 @@ class FeatureFuser:
         """Read only fc and hidden_norm of a checkpoint. Raises DraftCheckpointError."""
         config = DFlashConfig.load(directory)
         weights = read_weights(config.directory, ("fc.weight", "hidden_norm.weight"))
-        fuser = cls(config, weights["fc.weight"], weights["hidden_norm.weight"], config.raw.get("rms_norm_eps", 1e-6))
-        fuser.fc, fuser.hidden_norm = (w.to(device=device, dtype=dtype) for w in (fuser.fc, fuser.hidden_norm))
-        return fuser
+        return cls(config, weights["fc.weight"], weights["hidden_norm.weight"], dtype, device)
 
     @property
     def target_layer_ids(self) -> tuple[int, ...]:
@@ -68,8 +77,8 @@ class FeatureFuser:
         return self.config.block_size
 
     def __call__(self, taps: torch.Tensor) -> torch.Tensor:
-        fused = torch.nn.functional.linear(taps.to(self.fc.dtype), self.fc)
-        return torch.nn.functional.rms_norm(fused, (self.hidden,), self.hidden_norm, self.eps)
+        fused = self._multiply(taps.to(self.dtype))
+        return torch.nn.functional.rms_norm(fused, (self.hidden,), self._norm, self._eps)
 
 
 def feature_version(fc: torch.Tensor, hidden_norm: torch.Tensor, taps: Iterable[int]) -> str:

@@ -68,7 +68,8 @@ class FeatureStore:
 
 def spans(firsts: list[int], counts: list[int]) -> np.ndarray:
     """int64: first .. first + count - 1 of each pair, one after the other."""
+    if counts.count(1) == len(counts):
+        return np.array(firsts, np.int64)
     lengths = np.array(counts, np.int64)
     ends = lengths.cumsum()
-    total = int(ends[-1]) if counts else 0
-    return np.repeat(np.array(firsts, np.int64) - ends + lengths, lengths) + np.arange(total)
+    return np.repeat(np.array(firsts, np.int64) - ends + lengths, lengths) + np.arange(ends[-1])

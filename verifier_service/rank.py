@@ -212,7 +212,7 @@ def _proposer(
     return LinkProposer(
         make_link(settings, fuser, verifier_id=engine_id, target_fingerprint=fingerprint, vocabulary=vocabulary),
         fuser,
-        FeatureStore(settings.feature_store_bytes, settings.block_tokens, fuser.hidden, fuser.fc.dtype),
+        FeatureStore(settings.feature_store_bytes, settings.block_tokens, fuser.hidden, fuser.dtype),
         verifier_id=engine_id,
         max_draft_tokens=speculation.max_draft_tokens,
         soft_deadline_s=speculation.soft_deadline_s,

@@ -45,6 +45,7 @@ def engine(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     kv_dtype: Annotated[str, typer.Option(help="of the engines' KV caches, as verifier.kv_dtype")] = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="plain decoding in that mode as well")] = False,
+    resting: Annotated[bool, typer.Option("--resting", help="plain decoding with an idle drafter as well")] = False,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -67,6 +68,7 @@ def engine(
         dtype=dtype,
         kv_dtype=kv_dtype,
         deterministic=deterministic,
+        resting=resting,
     )
     try:
         result = bench(options)

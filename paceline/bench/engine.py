@@ -30,7 +30,7 @@ from paceline.progress import bar
 class EngineOptions:
     """What the command line says. prompts None: the shipped ones. dtype: of target, drafter and link alike.
 
-    deterministic: beside plain decoding, the same in deterministic mode.
+    deterministic: beside plain decoding, the same in deterministic mode. resting: the same, ready to draft.
     """
 
     target: Path
@@ -46,6 +46,7 @@ class EngineOptions:
     dtype: str
     kv_dtype: str = "auto"
     deterministic: bool = False
+    resting: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def bench(options: EngineOptions) -> Result:
         starts = [engine_rows.plain, engine_rows.disaggregated, engine_rows.colocated]
         if options.deterministic:
             starts.insert(1, engine_rows.deterministic)
+        if options.resting:
+            starts.insert(1, engine_rows.resting)
         decoders: list[Decoder] = []
         with bar("engines", len(starts)) as advance:
             for start in starts:

@@ -1,4 +1,4 @@
-"""Starts the engines of the table: plain, deterministic, drafted from another process, drafted in rank 0's own."""
+"""Starts the engines of the table: plain, deterministic, resting, drafted from another process or in rank 0's own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ PLAIN = "plain"
 DETERMINISTIC = "deterministic"
 DISAGGREGATED = "disaggregated"
 COLOCATED = "colocated"
+RESTING = "resting"
 START_S = 600.0
 
 
@@ -95,6 +96,12 @@ def disaggregated(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
 def colocated(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
     """The drafter in rank 0's process, on its thread."""
     return _decoder(COLOCATED, setup, setup.verifier("colocated"), stack, "drafter in the target's process")
+
+
+def resting(setup: EngineSetup, stack: ExitStack) -> EngineDecoder:
+    """As colocated, but nothing is drafted: what it costs to be ready for it."""
+    note = "colocated, max_draft_tokens: 0"
+    return _decoder(RESTING, setup, setup.verifier("colocated", max_draft_tokens=0), stack, note)
 
 
 def _decoder(name: str, setup: EngineSetup, settings: VerifierSettings, stack: ExitStack, note: str) -> EngineDecoder:

@@ -42,7 +42,8 @@ STORE_BYTES = 256 << 20
 RUN_S = 300.0
 LINK_S = 10.0
 AHEAD = "plain, ahead"  # launched before the one before is read, as on a GPU
-NAMES = ("plain", AHEAD, "drafted", "drafted, tcp")
+RESTING = "resting"  # plain decoding that could be drafted with: features are kept
+NAMES = ("plain", AHEAD, RESTING, "drafted", "drafted, tcp")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class HostOptions:
 
 @dataclass(frozen=True)
 class HostRow:
-    """Milliseconds a step outside the model's forward: medians over steps, of the median run.
+    """Milliseconds a step outside the model's forward: medians over steps, of the median run; means while resting.
 
     cpu_ms: the engine thread's own time, which a busy machine changes little; wall_ms: as the clock says.
     """
@@ -136,7 +137,7 @@ def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
     drafts = NullDrafts(options.drafts + 1, options.right)
     if name in ("plain", AHEAD):
         yield None
-    elif name == "drafted":
+    elif name in (RESTING, "drafted"):
         yield NullLink(drafts)
     else:
         server = DrafterServer(NullDrafter(drafts))
@@ -163,7 +164,7 @@ def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
 
 
 def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
-    drafts = options.drafts if link is not None else 0
+    drafts = options.drafts if link is not None and name != RESTING else 0
     new_tokens = options.steps * (1 + min(drafts, options.right))
     context = PROMPT_TOKENS + BLOCK_TOKENS + new_tokens
     blocks = options.requests * (context // BLOCK_TOKENS + 2)
@@ -176,10 +177,10 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
         store = FeatureStore(STORE_BYTES, BLOCK_TOKENS, HIDDEN)
         proposer = LinkProposer(
             link,
-            NullFuser(drafts + 1),
+            NullFuser(options.drafts + 1),
             store,
             verifier_id="host",
-            max_draft_tokens=None,
+            max_draft_tokens=drafts,
             soft_deadline_s=1.0,
         )
     info = EngineInfo("host", "", context, VOCABULARY, options.requests, drafts + 1)
@@ -203,8 +204,8 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
             raise PacelineError(f"drafting failed in the run {name!r}: see the log")
     finally:
         engine.stop()
+    average = statistics.fmean if name == RESTING else statistics.median  # one step fuses what several have put off
     cpu, wall = (
-        1000 * statistics.median(begin[clock] - end[clock] for (_, end), (begin, _) in pairwise(runner.marks))
-        for clock in (0, 1)
+        1000 * average(begin[clock] - end[clock] for (_, end), (begin, _) in pairwise(runner.marks)) for clock in (0, 1)
     )
     return HostRow(name, options.requests, runner.tokens, cpu, wall, runner.packed_bytes)

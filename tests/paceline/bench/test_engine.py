@@ -47,14 +47,15 @@ def test_all_decoders_give_the_same_greedy_text_and_each_has_its_figures(pair, p
 
 
 @pytest.mark.slow
-def test_sampled_text_is_the_same_with_drafts_and_without_and_in_deterministic_mode(pair, prompts, tmp_path):
+def test_sampled_text_is_the_same_drafted_plain_resting_and_in_deterministic_mode(pair, prompts, tmp_path):
     figures = tmp_path / "figures.json"
-    options = ("--concurrency", "3", "--repeat", "1", "--temperature", "0.8", "--deterministic")
+    options = ("--concurrency", "3", "--repeat", "1", "--temperature", "0.8", "--deterministic", "--resting")
     result = bench(pair, prompts, figures, *options)
     assert result.exit_code == 0, result.output
-    rows = {row["name"]: row["text"] for row in json.loads(figures.read_text())["rows"]}
-    assert [rows[name] for name in (*ROWS[:3], "deterministic")] == ["equal"] * 4
-    assert rows["transformers"] == ""
+    rows = {row["name"]: row for row in json.loads(figures.read_text())["rows"]}
+    assert [rows[name]["text"] for name in (*ROWS[:3], "deterministic", "resting")] == ["equal"] * 5
+    assert rows["transformers"]["text"] == ""
+    assert rows["resting"]["tau"]["overall"] == 1
 
 
 def test_a_missing_drafter_is_named_before_anything_starts(pair, prompts, tmp_path):
