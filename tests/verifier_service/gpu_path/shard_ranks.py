@@ -96,6 +96,7 @@ def _rank(rank: int, directory: str, room: str) -> None:
     found["alone"] = asdict(alone)
     found["ahead"] = asdict(_said(directory, ["greedy", "seeded", "top_k", "top_p"], **ranks))
     found["late"] = asdict(_said(directory, LATE, **ranks))
+    found["torch"] = asdict(_said(directory, LATE, kernels="torch", **ranks))
     drafts = PartlyRight(alone.texts, 200, longest=3)
     found["mixed"] = asdict(_said(directory, ["greedy", "flat", "penalised"], drafts, **ranks))
     (Path(room) / f"{rank}.json").write_text(json.dumps(found))
@@ -124,7 +125,7 @@ def _said(
             kernel_path=KernelPath(kernels, longest_row=4),
             **ranks,
         )
-    assert runner.shape.draws == bool(ranks)
+    assert runner.shape.draws == (bool(ranks) and kernels == "triton")
     channel = PlanChannel(ranks.get("group"))
     with counted_gathers() as gathers:
         if ranks.get("rank"):

@@ -32,7 +32,7 @@ def test_logits_are_gathered_for_rows_that_their_candidates_leave_open(found):
     assert [rank["rows"]["gathers"] for rank in found.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("how", ["one", "ahead", "late", "mixed"])
+@pytest.mark.parametrize("how", ["one", "ahead", "late", "torch", "mixed"])
 def test_text_is_that_of_one_rank_whose_steps_wait_for_each_other(how, found):
     texts, alone = found["rank 0"][how]["texts"], found["rank 0"]["alone"]["texts"]
     assert texts == {kind: alone[kind] for kind in texts}
@@ -52,7 +52,7 @@ def test_rows_that_the_host_works_on_have_their_logits_gathered_and_no_others(fo
     assert found["rank 0"]["mixed"]["accepted"] > 0
 
 
-@pytest.mark.parametrize("how", ["one", "late"])
+@pytest.mark.parametrize("how", ["one", "late", "torch"])
 def test_steps_are_launched_ahead_beside_requests_that_the_host_works_on(how, found):
     said = found["rank 0"][how]
     assert said["steps"] - said["ahead"] <= 2, "the first, and one more if a grammar takes its time"
