@@ -39,7 +39,7 @@ class Emission:
                 tuple(p.token_ids),
                 p.accepted,
                 p.drafted,
-                told.get(sequence.key),
+                told.get(sequence.key) if told else None,
                 p.finish,
                 (p.error or NOT_FINITE) if p.finish == "error" else None,
                 cached=_cached(p) if sequence.cached else 0,

@@ -2,7 +2,8 @@
 
 A step: plan -> tell the other ranks -> target forward -> accept -> commit -> send features and ask for drafts -> emit,
 while the drafter works -> collect drafts. On a GPU the next step is planned and launched before this one is read, where
-no outcome of this one matters for that. Everything but the calls marked thread-safe runs on the engine's own thread.
+no outcome of this one matters for that; its tokens for which one does are taken after the commit. Everything but the
+calls marked thread-safe runs on the engine's own thread.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ class Tally:
     """Totals since the start; written by the engine's thread, read by any. Seconds are wall clock.
 
     step_seconds = forward_seconds (tokens taken included) + draft_seconds (waiting for drafts) + host_seconds, where
-    nothing runs ahead. gap_seconds: between the end of a step's forward and the beginning of the next, the device's
-    own where it has a clock. steps_ahead: launched before the step before was read; rows_in_vain: of those, verified
-    for requests that the step before had ended. Heartbeat steps are not counted.
+    nothing runs ahead. gap_seconds: between the end of a step's tokens and the beginning of the next forward, and
+    between a forward and its late tokens; the device's own where it has a clock. steps_ahead: launched before the step
+    before was read; rows_in_vain: of those, verified for requests that the step before had ended. Heartbeat steps are
+    not counted.
     """
 
     def __init__(self) -> None:

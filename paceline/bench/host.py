@@ -21,7 +21,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cluster.contracts import Delta, EngineInfo, EngineRequest
+from cluster.contracts import Delta, EngineInfo, EngineRequest, SamplingParams
 from cluster.errors import PacelineError
 from cluster.link.drafter_end import DrafterServer
 from cluster.link.face import VerifierLink
@@ -42,8 +42,10 @@ STORE_BYTES = 256 << 20
 RUN_S = 300.0
 LINK_S = 10.0
 AHEAD = "plain, ahead"  # launched before the one before is read, as on a GPU
+PENALISED = "penalised, ahead"  # one request in so many:
+PENALISED_SHARE = 8
 RESTING = "resting"  # plain decoding that could be drafted with: features are kept
-NAMES = ("plain", AHEAD, RESTING, "drafted", "drafted, tcp")
+NAMES = ("plain", AHEAD, PENALISED, RESTING, "drafted", "drafted, tcp")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class _Timed:
 @contextmanager
 def _link(name: str, options: HostOptions) -> Iterator[VerifierLink | None]:
     drafts = NullDrafts(options.drafts + 1, options.right)
-    if name in ("plain", AHEAD):
+    if name in ("plain", AHEAD, PENALISED):
         yield None
     elif name in (RESTING, "drafted"):
         yield NullLink(drafts)
@@ -184,7 +186,7 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
             soft_deadline_s=1.0,
         )
     info = EngineInfo("host", "", context, VOCABULARY, options.requests, drafts + 1)
-    engine = Engine(runner, limits, info, proposer=proposer, runs_ahead=name == AHEAD)
+    engine = Engine(runner, limits, info, proposer=proposer, runs_ahead=name in (AHEAD, PENALISED))
     left, over = [options.requests], threading.Event()
 
     def sink(deltas: list[Delta]) -> None:
@@ -195,7 +197,9 @@ def _run(name: str, options: HostOptions, link: VerifierLink | None) -> HostRow:
     for i in range(options.requests):
         count = PROMPT_TOKENS + i % BLOCK_TOKENS
         prompt = tuple(random.Random(i).choices(range(VOCABULARY), k=count))  # no two share a cached block
-        engine.submit(EngineRequest(f"request-{i}", prompt, 0, new_tokens), sink)
+        penalised = name == PENALISED and i % PENALISED_SHARE == 0
+        sampling = SamplingParams(frequency_penalty=0.001 if penalised else 0.0)  # changes no text here
+        engine.submit(EngineRequest(f"request-{i}", prompt, 0, new_tokens, sampling=sampling), sink)
     engine.start()
     try:
         if not over.wait(RUN_S):

@@ -10,7 +10,7 @@ if [ -z "$python" ]; then
 fi
 unset TRITON_INTERPRET
 status=0
-for measure in measure_kernels measure_draft measure_steps measure_pair; do
+for measure in measure_kernels measure_draft measure_steps measure_late measure_pair; do
   code=0
   "$python" -m "tests.gpu.$measure" "${1:-build/gpu}" || code=$?
   [ "$code" -eq 0 ] || status=$code

@@ -21,6 +21,7 @@ from tests.verifier_service.test_grammar import OPEN, SCHEMA, SHORT, VOCABULARY,
 from tests.verifier_service.test_sampling_features import sampling
 from verifier_service.engine import Engine
 from verifier_service.grammar.compiler import GrammarCompiler
+from verifier_service.launch import Launched
 from verifier_service.model.face import ForwardOutput
 from verifier_service.plan import StepPlan
 from verifier_service.proposers.face import Proposer
@@ -196,17 +197,21 @@ def test_a_row_after_the_end_of_its_grammar_comes_to_nothing_and_ends_nothing_el
     assert engine.status().counters["rows_in_vain"] == 1
 
 
-def test_what_the_device_waits_for_between_a_forward_and_its_late_tokens_counts_as_a_gap(running, compiler):
-    def gap(needs: dict[str, Any]) -> float:
-        engine = running(make_engine(compiler, runs_ahead=True))
-        inbox = Inbox()
-        engine.submit(request("a", output=9, **needs), inbox)
-        inbox.wait("a")
-        counters = engine.status().counters
-        assert counters["forward_seconds"] > 0
-        return counters["gap_seconds"] / counters["step_seconds"]
+def test_what_the_device_waits_for_before_late_tokens_counts_as_a_gap_and_not_as_work(running, compiler, monkeypatch):
+    slow = 100.0
 
-    assert 0 < gap(NEEDS["penalties"]) < 1
+    class Slow(Launched):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, (value[0], value[1] + slow) if name == "late" and value else value)
+
+    monkeypatch.setattr("verifier_service.launch.Launched", Slow)
+    engine = running(make_engine(compiler, runs_ahead=True))
+    inbox = Inbox()
+    engine.submit(request("a", output=9, **NEEDS["penalties"]), inbox)
+    inbox.wait("a")
+    counters = engine.status().counters
+    assert counters["gap_seconds"] > slow * counters["steps_ahead"] > 0
+    assert counters["forward_seconds"] < 0
 
 
 @pytest.mark.parametrize("needs", NEEDS)
