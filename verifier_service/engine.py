@@ -32,7 +32,7 @@ from verifier_service.grammar.decoding import ConstrainedDecoding
 from verifier_service.grammar.desk import GrammarDesk, Ticket
 from verifier_service.launch import Launched, Launcher, size_of, with_draws
 from verifier_service.live_settings import usable
-from verifier_service.marks import Mark, seconds_between
+from verifier_service.marks import Mark
 from verifier_service.model.face import Runner
 from verifier_service.packing import PlanChannel
 from verifier_service.plan import StepPlan
@@ -243,10 +243,8 @@ class Engine:
         limit = self._watch.ended(step.size, seconds)
         self._step_limit_s = limit if self._under_way is None else self._watch.limit(self._under_way.size)
         self._drafting.learn(progress, bool(step.plan.prefill), seconds - drafting)
-        idle = step.idle_seconds
-        gap = idle if self._idle_from is None else idle + max(0.0, seconds_between(self._idle_from, step.first))
+        forward, gap = step.device_seconds(self._idle_from)
         self._idle_from = step.last if len(self._scheduler) else None  # waiting for requests is no gap
-        forward = seconds_between(step.first, step.last) - idle
         self._tally.step(step.plan, progress, seconds, forward, drafting, gap)
         if self._recorder is not None:
             self._recorder.done(step.plan.step, samples, seconds)

@@ -50,10 +50,14 @@ class Launched:
     last: Mark = field(init=False)
     late: tuple[Mark, Mark] | None = None
 
-    @property
-    def idle_seconds(self) -> float:
-        """How long the device waited for the host before the tokens were taken; once it has come to that."""
-        return 0.0 if self.late is None else max(0.0, seconds_between(*self.late))
+    def device_seconds(self, before: Mark | None) -> tuple[float, float]:
+        """Of a step that is read: how long the device worked on it, and how long it waited for the host.
+
+        before: when it was done with the step before; None: nobody waited then.
+        """
+        late = 0.0 if self.late is None else max(0.0, seconds_between(*self.late))
+        waited = 0.0 if before is None else max(0.0, seconds_between(before, self.first))
+        return seconds_between(self.first, self.last) - late, late + waited
 
 
 class Launcher:
