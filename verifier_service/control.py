@@ -1,226 +1,296 @@
-"""How many draft tokens to ask for: pure policy on plain values, no torch.
+"""When to draft, for whom, and how many drafts to verify: pure policy on plain values, no torch.
 
-Maximises expected committed tokens a second. For n requests that ask for k drafts each, a step is expected to commit
-n x (1 + sum over i <= k of the chance that the first i drafts are all accepted) tokens, and to take
+Maximises committed tokens a second. A step of n requests that asks for the drafts of m of them and verifies d has to
+make
 
-    plain(n) + k x n x row(n) + wait(n)         (wait only if k > 0)
+    (n + drafts expected to be right) / (plain(n) + extra(n, d) + wait(m))
 
-seconds, all measured here on the steps themselves; k = 0 is plain decoding and one of the choices. Positions beyond the
-verified k are censored, not rejected. What is not measured any more grows stale, so both ways are probed now and then.
+more than n / plain(n), which is plain decoding. All times are measured here, on the steps themselves (StepCosts).
 
-A probe asks for a few of the requests only, because in a large batch it is mostly loss: the others' features would have
-to be sent first. Probes that lose come at doubling distances, and so rarely that what they lose is a small share of the
-time, the first ones at new batch sizes included.
+How many will be right is known from the drafter's confidence, calibrated by what became of it (Calibration). Of each
+answer those drafts are verified that all stand with at least the chance `least`: the one number that makes the rate
+above largest for the latest answers. So an easy request gets many rows and a hard one few, in the same step. A request
+whose drafts are not worth even the asking is not asked for a while (Trust).
+
+What drafting gains and loses against plain steps is booked as it happens (Allowance). While that account is empty there
+are no drafts: this bounds the loss, whatever the estimates say and whatever drafters and links do. What is left in it
+pays for probes: short ones, of different text, at doubling distances while they lose.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
 
-COST_WEIGHT = 0.1  # of a new sample of seconds, once there are ten
-ACCEPTED_WEIGHT = 0.02  # of a new sample of acceptance, once there are fifty: single rows say little
-WORTH = 1.03  # drafting has to promise this much over plain decoding: estimates err
-PLAIN_FIRST = 3  # plain steps before the first drafts of a batch size are asked for
-PLAIN_EVERY = 64  # drafted steps between two plain ones
-PROBE_ROWS, PROBE_LEAST = 24, 4  # a probe lasts until so many rows are verified, and so many steps at least
-FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # plain steps between two probes, as pauses double
-LONGEST_DEBT = 1 << 16  # the same after a probe that has lost so much that its share takes longer
-PROBE_REQUESTS = 8  # are asked for in a probe, at most
-SCALED_BY = 4  # full asks after such a probe, which tell what the others cost
-PROBE_SHARE = 0.01  # of the time may go into probes that lose
-FIRST_SHARE = 0.02  # the same for all batch sizes together, before another size is probed for the first time
-OUTLIER = 8  # times the usual: a longer wait counts as one of so many: the first may compile, and says little
-FULL_EVERY = 24  # drafted steps between two that ask for all rows, so that far positions stay known
+from verifier_service.allowance import SHARE, Allowance
+from verifier_service.calibration import Calibration
+from verifier_service.step_costs import SLOWEST_WAIT, StepCosts, octave
+
+PLAIN_FIRST = 3  # plain steps of a batch size before the first drafts
+START, STAY = 1.05, 1.01  # drafting has to promise so much over plain decoding, to begin and to go on: estimates err
+PLAIN_EVERY, PLAIN_OFTEN, OFTEN_BELOW = 64, 16, 1.2  # drafted steps between two plain ones; if it promises less than
+WHOLE_EVERY = 64  # asks between two whose answers are verified whole: far positions and many rows stay known
+PROBE_REQUESTS = 8  # are asked for in a probe, at most: the others' features would have to be sent first
+PROBE_ROWS, PROBE_LEAST = 3, 2  # requests that a probe asks for in all; asks that it takes at least
+PROBE_DRAFTS = 2  # of each answer are verified in a probe, however unlikely: else nothing would be learned
+PROBE_PRICE = 2.0  # plain steps' time has to be left for a probe
+FIRST_PAUSE, LONGEST_PAUSE = 16, 1024  # choices between two probes, doubling while they lose
+RECHECK = 32  # choices until a batch size at which drafting does not pay is thought of again
+REMEMBERED, KEPT = 64, 2  # answers; of them, when a new probe begins
+REMEMBERED_OF_STEP, JUDGED = 8, 16  # answers of one step, about, the others' turn comes in the next ones
+SURVEY_EVERY = 8  # choices that use the same picture of the answers; fewer while there are few answers
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.0)
+TRUST_WEIGHT, BEYOND_WEIGHT = 0.2, 0.05  # of a request's latest drafts: what they promise, and whether they keep it
+FIRST_TRUST, NEXT_TRUST = 1.0, 0.3  # of a request that is new; that was not asked for a while
+DISTRUST = 32  # choices for which a request is not asked
+UNKNOWN_S = 1e-9
 
 
 @dataclass(slots=True)
-class Mean:
-    """Running mean that forgets: exact over the first samples, exponential with `weight` later."""
+class Trust:
+    """What one request's drafts are worth: tokens an ask, less what their rows and its share of the wait cost.
 
-    weight: float = COST_WEIGHT
-    value: float = 0.0
-    samples: int = 0
-
-    def add(self, sample: float) -> None:
-        self.samples += 1
-        self.value += max(self.weight, 1 / self.samples) * (sample - self.value)
-
-
-@dataclass(slots=True)
-class _Costs:
-    """Seconds of a step at one batch size: plain, per drafted token beyond it, waiting for drafts of all requests.
-
-    Steps that hold prefill are not measured: under steady load there may be no plain sample at all.
-    part: waits of the last probe, which asked for some of the requests; scale: what all cost, as a multiple of that.
+    promised: as their confidence has it, calibrated for all requests alike. beyond: how many more were right than that.
     """
 
-    plain: Mean = field(default_factory=Mean)
-    row: Mean = field(default_factory=Mean)
-    wait: Mean = field(default_factory=Mean)
-    part: Mean = field(default_factory=Mean)
-    scale: Mean = field(default_factory=lambda: Mean(value=1.0))
-    scaling: int = 0  # full asks left that tell the scale
-    lost: float = 0.0  # seconds beyond plain steps since drafting was last found worth it
-    first: int = PLAIN_FIRST  # plain steps left before any drafts
-    fresh: bool = True  # never probed
-    since_plain: int = 0
-    since_full: int = 0
-    paused: int = 0  # plain steps left before the next probe
-    pause: int = FIRST_PAUSE
-    probing: int = 0  # asks left whatever they cost
+    promised: float = FIRST_TRUST
+    beyond: float = 0.0
+    asked_from: int = 0  # choice
 
-    def doubt_scale(self) -> None:
-        """Only full asks measure it, and where it is too high there are none: it falls until there are some again."""
-        doubted = (1 + self.scale.value) / 2
-        self.wait.value *= doubted / max(self.scale.value, 1e-9)
-        self.scale = Mean(value=doubted)
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """worth: tokens a second over plain decoding's. row_price, ask_price: of one more, in tokens."""
+
+    worth: float = 0.0
+    least: float = 0.1
+    row_price: float = 0.0
+    ask_price: float = 0.0
+
+
+@dataclass(slots=True)
+class _Size:
+    """One batch size. first: plain steps left before any drafts; rest_until: the choice that is open again."""
+
+    first: int = PLAIN_FIRST
+    rest_until: int = 0
+    since_plain: int = 0
 
 
 class SpeculationControl:
-    """One engine's choice of k, by batch size (requests rounded up to a power of two). most: block size - 1."""
+    """One engine's. most: block size - 1. Batch sizes are requests rounded up to a power of two.
+
+    A step of the engine calls, in this order: `verified` for each request whose drafts it has verified, `choose`,
+    `kept` with the answers that have come and `waited` if drafts were asked for, `step`.
+    """
 
     def __init__(self, most: int):
         self.most = most
-        self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(most)]  # P(draft i accepted | all before it accepted)
-        self._costs: dict[int, _Costs] = {}
-        self._elapsed = self._lost = 0.0  # seconds: of all steps; of those, beyond plain ones in probes that lost
         self.ask_at_most = 1 << 30  # requests, as of the last choice
+        self._costs, self._allowance, self._calibration = StepCosts(), Allowance(), Calibration(most)
+        self._sizes: dict[int, _Size] = {}
+        self._choices = 0
+        self._plan = _Plan()
+        self._active = False  # drafting, or probing whether to draft
+        self._earned = 0.0  # plain steps' time, since then
+        self._probing = 0  # asks left whatever they promise
+        self._probe_at, self._pause = 0, FIRST_PAUSE
+        self._asked = 0
+        self._answers: deque[Sequence[float]] = deque(maxlen=REMEMBERED)
+        self._survey: list[tuple[float, float, float]] = []
+        self._survey_until = 0
+        self._deepest = float(most)  # drafts of one answer that were worth verifying, lately
+        self._free_wait = False
 
-    def choose(self, requests: int) -> int:
-        """Drafts to ask for each request of the next step, of `ask_at_most` requests; 0 = none. Call once a step."""
-        costs = self._of(requests)
+    def choose(self, requests: int, willing: int | None = None) -> int:
+        """Drafts to ask for each of at most `ask_at_most` requests; 0 = none. Call once a step.
+
+        requests: in the next step. willing: of those that can be asked for, how many `trusts` allows; None = all.
+        """
+        self._choices += 1
         self.ask_at_most = requests
-        if costs.first > 0:
-            costs.first -= 1
+        size = self._of(requests)
+        if self._choices < size.rest_until:
             return 0
-        if costs.fresh:
-            if self._in_debt:
-                return 0
-            self._begin_probe(costs, requests)
-        if costs.probing > 0:  # until `waited` has counted them: not every choice can be followed by an ask
+        if size.first > 0:
+            size.first -= 1
+            return 0
+        if self._probing and self._allowance.left > 0:
             self.ask_at_most = PROBE_REQUESTS
             return self.most
-        if costs.paused > 0:
-            costs.paused -= 1
-            if costs.paused == 0:
-                self._begin_probe(costs, requests)
-            return 0
-        best = self._best(costs, requests)
-        if best == 0:
-            self._lost += costs.lost
-            affordable = int(costs.lost / (PROBE_SHARE * max(costs.plain.value, 1e-9)))
-            costs.paused, costs.lost = max(costs.pause, min(affordable, LONGEST_DEBT)), 0.0
-            costs.pause = min(2 * costs.pause, LONGEST_PAUSE)
-            costs.doubt_scale()
-            return 0
-        if not costs.scaling:
-            costs.pause, costs.lost = FIRST_PAUSE, 0.0
-        costs.since_plain += 1
-        if costs.since_plain >= PLAIN_EVERY:
-            costs.since_plain = 0
-            return 0
-        costs.since_full += 1
-        if costs.since_full >= FULL_EVERY:
-            costs.since_full = 0
+        self._probing = 0
+        self._plan = self._planned(requests, requests if willing is None else max(willing, 1))
+        if self._plan.worth >= (STAY if self._active else START) and self._allowance.left > 0:
+            return self._draft(size, willing)
+        self._stop()
+        if self._choices >= self._probe_at:
+            self._active, self._probing = True, max(PROBE_LEAST, PROBE_ROWS // requests)
+            while len(self._answers) > KEPT:
+                self._answers.popleft()
+            self.ask_at_most = PROBE_REQUESTS
             return self.most
-        return best
+        size.rest_until = min(self._choices + RECHECK, self._probe_at)
+        return 0
 
     def rests(self, requests: int) -> bool:
         """Whether the next `choose` says 0, as far as can be known."""
-        costs = self._of(requests)
-        if costs.first > 0:
-            return True
-        return self._in_debt if costs.fresh else costs.probing == 0 and costs.paused > 0
-
-    def step(self, requests: int, drafted: int, seconds: float) -> None:
-        """A step without prefill: `requests` rows with `drafted` drafts in all took `seconds`, waits left out."""
-        costs = self._of(requests)
-        self._elapsed += seconds
-        if drafted == 0:
-            costs.plain.add(seconds)
-        elif costs.plain.samples:
-            costs.row.add((seconds - costs.plain.value) / drafted)
-            costs.lost += max(0.0, seconds - costs.plain.value)
-
-    def waited(self, requests: int, seconds: float | None) -> None:
-        """Asking for drafts as chosen and waiting for them took `seconds`; None: the wait ended at its deadline.
-
-        What such a wait costs is not held against drafting: asks after it are held back by their own rule (Patience).
-        """
-        costs = self._of(requests)
-        partial = costs.probing > 0 and requests > PROBE_REQUESTS
-        costs.probing = max(0, costs.probing - 1)
-        if seconds is None:
-            return
-        self._elapsed += seconds
-        usual = max(costs.wait.value, costs.plain.value)
-        seconds = min(seconds, OUTLIER * usual) if usual else seconds
-        costs.lost += seconds
-        if partial:
-            costs.part.add(seconds)
-            costs.wait.add(seconds * costs.scale.value)
-        elif costs.scaling and costs.part.value:
-            costs.scaling -= 1
-            costs.scale.add(seconds / costs.part.value)
-            costs.wait.value = costs.part.value * costs.scale.value
-        else:
-            costs.wait.add(seconds)
-        asked = _probe_steps(requests) - costs.probing
-        if asked >= PROBE_LEAST and costs.plain.samples and costs.wait.value > self.most * costs.plain.value:
-            costs.probing = 0  # were all drafts right, it would not pay
-
-    def verified(self, drafted: int, accepted: int) -> None:
-        """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known."""
-        for position in range(min(accepted + 1, drafted, self.most)):
-            self._reached[position].add(float(position < accepted))
-
-    def renew(self) -> None:
-        """Another drafter: nothing is held against it."""
-        self._reached = [Mean(ACCEPTED_WEIGHT) for _ in range(self.most)]
-        for size, costs in self._costs.items():
-            costs.wait, costs.scale = Mean(), Mean(value=1.0)
-            costs.paused, costs.pause, costs.lost = 0, FIRST_PAUSE, 0.0
-            self._begin_probe(costs, size)
-        self._lost = 0.0
-
-    def expected(self, drafts: int) -> float:
-        """Tokens that a row with so many drafts is expected to commit."""
-        total = survival = 1.0
-        for position in range(drafts):
-            survival *= self._reached[position].value
-            total += survival
-        return total
+        size = self._of(requests)
+        return size.first > 0 or self._choices + 1 < size.rest_until
 
     @property
-    def _in_debt(self) -> bool:
-        """Whether other batch sizes have lost too much for one that was never probed to begin."""
-        return self._lost > FIRST_SHARE * self._elapsed
+    def probing(self) -> bool:
+        """Whether the last choice asks anyone, trusted or not."""
+        return self._probing > 0
 
-    def _best(self, costs: _Costs, requests: int) -> int:
-        if not costs.plain.samples:
-            return self.most  # nothing to compare with
-        best, rate = 0, WORTH / max(costs.plain.value, 1e-9)
-        for drafts in range(1, self.most + 1):
-            promised = self.expected(drafts) / self._seconds(costs, requests, drafts)
-            if promised > rate:
-                best, rate = drafts, promised
-        return best
+    def trusts(self, trust: Trust) -> bool:
+        """Whether a request should be asked for, outside probes."""
+        return trust.asked_from <= self._choices
 
-    def _begin_probe(self, costs: _Costs, requests: int) -> None:
-        costs.fresh = False
-        costs.probing = _probe_steps(requests)
-        costs.part = Mean()
-        costs.scaling = SCALED_BY if requests > PROBE_REQUESTS else 0
+    def longest_wait(self, requests: int) -> float:
+        """Seconds after which drafts have come too late to pay, were they all right."""
+        return self.most * self._costs.plain(requests) or float("inf")
 
-    def _seconds(self, costs: _Costs, requests: int, drafts: int) -> float:
-        return max(1e-9, costs.plain.value + max(0.0, drafts * requests * costs.row.value) + costs.wait.value)
+    def waited(self, requests: int, asked: int, seconds: float, missed: int = 0) -> None:
+        """`asked` requests' drafts were asked for and waited for; `missed` of them did not come in time."""
+        if self._probing:
+            self._probing -= 1
+            self._survey_until = 0
+        self._asked += 1
+        for _ in range(min(missed, REMEMBERED_OF_STEP)):
+            self._answers.append(())
+        free, self._free_wait = self._free_wait, False
+        if free:
+            return
+        usual = self._costs.wait.at(asked) if self._costs.wait.samples(asked) else seconds
+        self._costs.wait.add(asked, seconds)
+        if plain := self._costs.plain(requests):
+            self._allowance.passed(seconds / plain)
+            self._book(-min(seconds, max(SLOWEST_WAIT * usual, self.most * plain)) / plain)
 
-    def _of(self, requests: int) -> _Costs:
-        size = 1 << max(0, requests - 1).bit_length()
-        if size not in self._costs:
-            self._costs[size] = _Costs()
-        return self._costs[size]
+    def kept(self, trusts: Sequence[Trust], answers: Sequence[Sequence[float]]) -> list[int]:
+        """How many drafts of each answer to verify. answers: the confidences of each one's drafts, in order."""
+        probing, least = self._probing > 0, self._plan.least
+        if self._asked >= WHOLE_EVERY:
+            self._asked, least = 0, 0.0
+        kept = self._calibration.kept(answers, least)
+        if probing:
+            kept = [max(count, min(PROBE_DRAFTS, len(answer))) for count, answer in zip(kept, answers)]
+        first, stride = self._sample(len(answers), JUDGED)
+        for index in range(first, len(answers), stride):
+            self._judge(trusts[index], kept[index], answers[index])
+        self._deepest = max(self._deepest - 0.05, max(kept, default=0))
+        first, stride = self._sample(len(answers), REMEMBERED_OF_STEP)
+        self._answers.extend(answers[first::stride])
+        return kept
 
+    def verified(self, trust: Trust, confidence: Sequence[float], drafted: int, accepted: int) -> None:
+        """One request's row: `accepted` of `drafted` drafts were right; the first wrong one ends what is known.
 
-def _probe_steps(requests: int) -> int:
-    return max(PROBE_LEAST, PROBE_ROWS // max(1, requests))
+        confidence: of those drafts.
+        """
+        self._calibration.learn(confidence, drafted, accepted)
+        trust.beyond += BEYOND_WEIGHT * (accepted - self._calibration.right(confidence, drafted) - trust.beyond)
+
+    def step(self, requests: int, drafted: int, accepted: int, seconds: float, prefilled: bool = False) -> None:
+        """A step verified `drafted` drafts of `requests` requests, `accepted` of them right; waits left out."""
+        costs = self._costs
+        plain = costs.plain(requests)
+        self._allowance.passed(seconds / plain if plain else 1.0)
+        if not drafted:
+            costs.plain_step(requests, seconds, prefilled)
+        elif plain:
+            extra = (
+                costs.extra(requests, drafted) if prefilled else costs.drafted_step(requests, drafted, seconds) - plain
+            )
+            self._book(accepted / requests - extra / plain)
+
+    def renew(self) -> None:
+        """Another drafter. (Another life of the link to the same one changes nothing that is known.)"""
+        self._calibration = Calibration(self.most)
+        self._costs.forget_waits()
+        self._answers.clear()
+        self._survey.clear()
+        self._survey_until, self._deepest = 0, float(self.most)
+        self._active, self._earned, self._probing = False, 0.0, 0
+        self._pause = FIRST_PAUSE
+        if self._allowance.begin_anew():
+            self._probe_at = self._choices
+            self._free_wait = True
+            for size in self._sizes.values():
+                size.rest_until = 0
+
+    def expected(self, least: float) -> float:
+        """Drafts that are right, of an answer of which those that all stand with this chance are verified."""
+        return next((right for limit, _, right in self._surveyed() if limit <= least), 0.0)
+
+    def _draft(self, size: _Size, willing: int | None) -> int:
+        self._active = True
+        size.since_plain += 1
+        if size.since_plain >= (PLAIN_OFTEN if self._plan.worth < OFTEN_BELOW else PLAIN_EVERY):
+            size.since_plain = 0
+            return 0
+        if willing == 0:
+            return 0
+        self.ask_at_most = max(PROBE_REQUESTS, int(2 * self._costs.wait.reach))
+        return min(self.most, int(self._deepest) + 2)
+
+    def _stop(self) -> None:
+        """Drafting does not pay now. When is it probed again?"""
+        if self._active:
+            self._pause = FIRST_PAUSE if self._earned > 0 else min(2 * self._pause, LONGEST_PAUSE)
+            self._probe_at = self._choices + self._pause
+            self._active, self._earned = False, 0.0
+        if (lacking := PROBE_PRICE - self._allowance.left) > 0:
+            self._probe_at = max(self._probe_at, self._choices + 1 + int(lacking / SHARE))
+
+    def _planned(self, requests: int, asked: int) -> _Plan:
+        costs = self._costs
+        plain = costs.plain(requests)
+        wait = costs.wait.at(asked)
+        best, least, chosen_rows, chosen_extra = 0.0, 0.1, 0.0, 0.0
+        for threshold, rows, right in self._surveyed():
+            extra = costs.extra(requests, rows * asked) if rows else 0.0
+            rate = (requests + right * asked) / max(plain + extra + wait, UNKNOWN_S)
+            if rate > best:
+                best, least, chosen_rows, chosen_extra = rate, threshold, rows * asked, extra
+        # A request has so many tokens to go, so one of its own is worth the time that it would take it without drafts.
+        per_second = requests / max(plain + (1 - 1 / asked) * (chosen_extra + wait), UNKNOWN_S)
+        row_price = per_second * chosen_extra / chosen_rows if chosen_rows else 0.0
+        return _Plan(best * plain / requests, least, row_price, per_second * costs.one_more_wait(asked))
+
+    def _surveyed(self) -> list[tuple[float, float, float]]:
+        """(threshold, drafts verified, drafts right) of one answer, for each of THRESHOLDS."""
+        if self._choices >= self._survey_until and self._answers:
+            self._survey_until = self._choices + min(SURVEY_EVERY, len(self._answers))
+            chances = sorted(chain.from_iterable(map(self._calibration.survivals, self._answers)))
+            below, count, sums = len(self._answers), len(chances), [0.0, *accumulate(chances)]
+            firsts = [bisect_left(chances, threshold) for threshold in THRESHOLDS]
+            self._survey = [
+                (threshold, (count - first) / below, (sums[-1] - sums[first]) / below)
+                for threshold, first in zip(THRESHOLDS, firsts)
+            ]
+        return self._survey
+
+    def _judge(self, trust: Trust, count: int, answer: Sequence[float]) -> None:
+        net = self._calibration.right(answer, count) - count * self._plan.row_price - self._plan.ask_price
+        trust.promised += TRUST_WEIGHT * (net - trust.promised)
+        if trust.promised + trust.beyond < 0:
+            trust.promised, trust.asked_from = NEXT_TRUST - trust.beyond, self._choices + DISTRUST
+
+    def _sample(self, count: int, wanted: int) -> tuple[int, int]:
+        """The first and the stride of about so many out of `count`, others in each step."""
+        stride = 1 + count // (wanted + 1)
+        return self._choices % stride, stride
+
+    def _book(self, steps: float) -> None:
+        self._allowance.earn(steps)
+        self._earned += steps
+
+    def _of(self, requests: int) -> _Size:
+        key = octave(requests)
+        if key not in self._sizes:
+            self._sizes[key] = _Size()
+        return self._sizes[key]

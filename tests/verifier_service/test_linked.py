@@ -208,7 +208,7 @@ def test_plain_steps_between_drafted_ones_change_no_text_and_what_they_left_out_
 
         mood = random.Random(3)
 
-        def choose(self, requests: int) -> int:
+        def choose(self, requests: int, willing: int | None = None) -> int:
             return self.mood.choice([0, 0, 0, 1, 2, 3])
 
     class WholeLink(CheckedLink):
@@ -225,7 +225,7 @@ def test_plain_steps_between_drafted_ones_change_no_text_and_what_they_left_out_
 def test_a_control_learns_from_the_steps(running):
     link, control = CheckedLink(right=1.0), SpeculationControl(BLOCK - 1)
     drive(link, linked(link, control=control), running, names=2)
-    assert control.expected(BLOCK - 1) > 1.5
+    assert control.expected(0.0) > 0.5
 
 
 def test_after_a_new_epoch_the_window_is_sent_again(running):

@@ -26,19 +26,19 @@ class Watched(SpeculationControl):
         self._fixed = fixed
         self.chosen: list[int] = []
         self.stepped: list[tuple[int, int]] = []
-        self.waits: list[tuple[int, float | None]] = []
+        self.waits: list[tuple[int, int, float, int]] = []
 
-    def choose(self, requests: int) -> int:
+    def choose(self, requests: int, willing: int | None = None) -> int:
         self.chosen.append(requests)
-        return super().choose(requests) if self._fixed is None else self._fixed
+        return super().choose(requests, willing) if self._fixed is None else self._fixed
 
-    def step(self, requests: int, drafted: int, seconds: float) -> None:
+    def step(self, requests: int, drafted: int, accepted: int, seconds: float, prefilled: bool = False) -> None:
         self.stepped.append((requests, drafted))
-        super().step(requests, drafted, seconds)
+        super().step(requests, drafted, accepted, seconds, prefilled)
 
-    def waited(self, requests: int, seconds: float | None) -> None:
-        self.waits.append((requests, seconds))
-        super().waited(requests, seconds)
+    def waited(self, requests: int, asked: int, seconds: float, missed: int = 0) -> None:
+        self.waits.append((requests, asked, seconds, missed))
+        super().waited(requests, asked, seconds, missed)
 
 
 def test_a_request_beside_one_that_wants_no_drafts_gets_some_and_one_size_is_told(running):
@@ -54,7 +54,7 @@ def test_a_request_beside_one_that_wants_no_drafts_gets_some_and_one_size_is_tol
     inbox.wait("b")
     assert {ask.context_id for ask in link.asked} == {"v/a/0"}
     assert set(control.chosen) == {2}
-    assert {requests for requests, _ in control.waits} == {2}
+    assert {requests for requests, *_ in control.waits} == {2}
     assert {requests for requests, drafted in control.stepped if drafted} == {2}
 
 
@@ -63,7 +63,7 @@ def test_the_control_is_not_asked_while_nothing_may_be_asked_for(running):
     link.silent = True
     drive(link, linked(link, control=control, soft_deadline_s=10.0), running, names=3)
     assert len(control.chosen) == 1
-    assert [seconds for _, seconds in control.waits] == [None]
+    assert [(asked, missed) for _, asked, _, missed in control.waits] == [(3, 3)]
 
 
 @pytest.mark.parametrize("settings", [{"max_draft_tokens": 0}, {"control": Watched(fixed=0)}])
@@ -124,4 +124,4 @@ def test_catching_up_counts_as_time_spent_on_drafting():
     assert step(0, 4) == 0.0
     link.queued_bytes = 0
     assert step(4, 1) == 1.0
-    assert control.waits == [(1, 1.0)]
+    assert control.waits == [(1, 1, 1.0, 0)]

@@ -21,7 +21,7 @@ def waited_share(in_time_before_each_miss: int, seconds: float = 2000.0) -> floa
             patience.kept()
         else:
             streak, now, lost = 0, now + SOFT_S, lost + SOFT_S
-            patience.missed(now)
+            patience.missed(now, SOFT_S)
     return lost / now
 
 
@@ -35,7 +35,7 @@ def test_a_drafter_that_is_seldom_late_is_asked_again_after_one_deadline():
     for _ in range(5):
         for _ in range(20):
             patience.kept()
-        patience.missed(10.0)
+        patience.missed(10.0, SOFT_S)
         assert not patience.may_ask(10.0 + 0.9 * SOFT_S)
         assert patience.may_ask(10.0 + SOFT_S)
 
@@ -43,7 +43,7 @@ def test_a_drafter_that_is_seldom_late_is_asked_again_after_one_deadline():
 def test_a_pause_is_bounded_and_a_new_drafter_is_asked_at_once():
     patience = Patience(SOFT_S)
     for _ in range(100):
-        patience.missed(0.0)
+        patience.missed(0.0, SOFT_S)
     assert patience.may_ask(2**DOUBLINGS * SOFT_S)
     patience.renew()
     assert patience.may_ask(0.0)

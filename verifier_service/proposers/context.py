@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.link.messages import DraftAsk
+from verifier_service.control import Trust
 from verifier_service.feature_pages import PageTable
 from verifier_service.proposers.sources import Source
 from verifier_service.sequence import RunningRequest
@@ -18,6 +19,7 @@ class Context:
     placed: the drafter has room for it. sent: features of positions lowest..sent-1 were sent in this epoch.
     hit: where the prefix ends that it had in common with earlier requests; 0 = none, or its rows are not shared.
     source: whose rows it was to share. asked: the ask that is not answered yet, or None.
+    confidence: of the drafts that the latest answer left to verify.
     """
 
     sequence: RunningRequest
@@ -30,6 +32,8 @@ class Context:
     hit: int = 0
     source: str = ""
     asked: DraftAsk | None = None
+    confidence: tuple[float, ...] = ()
+    trust: Trust = field(default_factory=Trust)
 
     @property
     def missing(self) -> int:
