@@ -30,7 +30,8 @@ class LinkProposer:
     """A Proposer over a VerifierLink. Whatever the drafter does or fails to do costs speed only.
 
     window: features kept per request while no drafter has named its own. max_draft_tokens: None = block size - 1.
-    control: chooses when to ask, for whom, and how many drafts to verify; None = always all. clock: seconds, never back.
+    control: chooses when to ask, for whom, and how many drafts to verify; None = always all.
+    clock: seconds, never back.
     """
 
     def __init__(
