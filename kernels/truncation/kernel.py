@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.truncation.open_rows import settle_shards as settle_shards
 from kernels.truncation.reference import Candidates, check_arguments, check_count, total_mass
 from kernels.truncation.search import copy_from, last_to_reach, mass_of, order_of, read, value_of, weigh
 

@@ -7,6 +7,7 @@ takes the thresholds. Biases, penalties and masks are edits of the logits before
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,28 @@ def truncate_shards(
     settled = ~has_k | torch.where(has_p, kth > bound, kth >= bound)
     settled &= ~has_p | has_k | (nucleus >= bound)
     return threshold, settled | (bound == float("-inf")) | (temperatures == 0)
+
+
+def settle_shards(
+    logits: torch.Tensor,
+    shards: Candidates,
+    thresholds: torch.Tensor,
+    settled: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """The thresholds of rows that are not settled, in place; collective.
+
+    logits float [rows, share]: this shard's. shards, and thresholds and settled as `truncate_shards` gave them; a top_k
+    is within the candidates, or off. gather: a tensor of every shard, alike in shape -> [shards, ...], with no other
+    effect.
+    """
+    whole = torch.cat(gather(logits).unbind(), dim=1)
+    own = truncate(whole, temperatures, top_k, top_p, min_p)
+    thresholds.copy_(torch.where(settled, thresholds, own))
 
 
 def total_mass(shards: Candidates, temperatures: torch.Tensor) -> torch.Tensor:

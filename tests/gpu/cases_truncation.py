@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ def truncation_cases(machine: Machine) -> Iterator[Case]:
         tolerance=1e-6,
     )
     yield _joined(machine, logits, temperatures, count)
+    yield _settled(machine, shard, count)
 
 
 def _filled(machine: Machine, rows: int, value: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -85,5 +87,26 @@ def _joined(machine: Machine, logits: torch.Tensor, temperatures: torch.Tensor, 
         lambda: truncation.truncate_shards(shards, temperatures, keeps, share, floor)[0],
         lambda: truncation_reference.truncate(logits, temperatures, keeps, share, floor),
         moved=2 * shards.values.nbytes,
+        tolerance=1e-12,
+    )
+
+
+def _settled(machine: Machine, shard: torch.Tensor, count: int) -> Case:
+    """One rank's share of a search for flat rows; it hears no other, and no exchange is timed."""
+    _, keeps, share, floor = _params(machine, len(shard), 0, 0.99)
+    params = _filled(machine, len(shard), 5.0), keeps, share, floor
+    shards = truncation_reference.Candidates(*(part[None] for part in truncation.candidates(shard, params[0], count)))
+    thresholds, settled = truncation.truncate_shards(shards, *params)
+
+    def settle(way: Any) -> torch.Tensor:
+        own = thresholds.clone()
+        way.settle_shards(shard, shards, own, settled, *params, lambda part: part[None])
+        return own
+
+    return Case(
+        f"settle_shards 1 x {len(shard)} x {shard.shape[1]}, all open, top_p 0.99",
+        lambda: settle(truncation),
+        lambda: settle(truncation_reference),
+        moved=6 * 4 * shard.numel(),
         tolerance=1e-12,
     )

@@ -31,7 +31,7 @@ KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
 KERNELS |= {"_product", "_add"}
 KERNELS |= {"_attend_latents", "_append_latents"}
 KERNELS |= {"_route", "_count", "_fill", "_gate_up", "_gate", "_down", "_combine"}
-KERNELS |= {"_survey", "_gather", "_threshold", "_collect"}
+KERNELS |= {"_survey", "_gather", "_threshold", "_collect", "_narrow"}
 KERNELS |= {"_activate", "_gated_norm", "_delta_inputs"}
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from cluster.contracts import SamplingParams
 from kernels.acceptance import kernel as acceptance
 from kernels.truncation import kernel, reference
+from modeling.ranks import RankGroup
+from tests.verifier_service.gpu_path.rank_threads import in_turns
 from verifier_service.sampling.draw import Draw, draw_rows
 from verifier_service.sampling.race import row_keys
 
@@ -95,6 +97,38 @@ def test_shards_of_the_vocabulary_draw_the_same_tokens(
     for each, token, own, known in zip(params, got, want, settled.tolist()):
         assert token == own or not known
         assert known or each.top_p < 1 or each.top_k > count, "only these may have to be gathered"
+
+
+@WAYS
+@pytest.mark.parametrize("coarse", [False, True])
+def test_rows_that_candidates_leave_open_are_settled_by_all_shards_together(way: Any, coarse: bool):
+    """Some by bits of whole and of half tokens' weights, with min_p, and with a top_k that ends in several equals."""
+    params = [
+        SamplingParams(5.0, top_p=0.9),
+        SamplingParams(1.0, top_p=0.5),
+        SamplingParams(2.0, top_p=0.99, min_p=0.2),
+        SamplingParams(1.0, top_p=0.8, top_k=4),
+        SamplingParams(0.7, top_k=3),
+        SamplingParams(0.0, top_p=0.5),
+    ]
+    logits, wanted = some_logits(len(params), coarse), tensors(params)
+    logits[3] = torch.arange(VOCABULARY) // 10  # of ten equals, four are candidates
+    parts = logits.chunk(2, dim=1)
+    shards = reference.Candidates(*map(torch.stack, zip(*[reference.candidates(part, wanted[0], 4) for part in parts])))
+    thresholds, settled = reference.truncate_shards(shards, *wanted)
+    assert settled.tolist()[-2:] == [True, True]
+    assert not settled[[0, 3]].any()
+
+    def settle(ranks: RankGroup) -> torch.Tensor:
+        own = thresholds.clone()
+        way.settle_shards(
+            parts[ranks.rank], shards, own, settled, *wanted, lambda part: torch.stack(ranks.gather(part))
+        )
+        return own
+
+    left, right = in_turns(2, settle)
+    assert torch.equal(left, right)
+    torch.testing.assert_close(left, reference.truncate(logits, *wanted), rtol=1e-14, atol=0.0)
 
 
 @WAYS

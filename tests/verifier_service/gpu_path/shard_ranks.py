@@ -185,11 +185,12 @@ def _rows(ranks: RankGroup) -> dict[str, Any]:
     """Rows of all kinds in one step of random logits, one of them not finite, over an uneven vocabulary."""
     vocabulary = 201
     generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(7, 8, generator=generator) * 2
+    hidden = torch.randn(8, 8, generator=generator) * 2
     weight = torch.randn(vocabulary, 8, generator=generator)
-    hidden[6, 3] = float("nan")
-    kinds = ["seeded", "top_k", "min_p", "top_p", "flat"]
-    draws = [RowDraw(at + 1, 1, 7 + at, at - 3, at, PARAMS[kind]) for at, kind in enumerate(kinds)]
+    hidden[7, 3] = float("nan")
+    kinds = [PARAMS[kind] for kind in ("seeded", "top_k", "min_p", "top_p", "flat")]
+    kinds.append(SamplingParams(temperature=1.5, top_k=CANDIDATES + 1))
+    draws = [RowDraw(at + 1, 1, 7 + at, at - 3, at, kind) for at, kind in enumerate(kinds)]
     share = -(-vocabulary // SIZE)
     own = weight[ranks.rank * share :][:share].contiguous()
     head = VocabularyHead(own, vocabulary, ranks, _operations())

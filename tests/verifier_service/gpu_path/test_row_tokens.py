@@ -25,7 +25,7 @@ from tests.verifier_service.test_engine import Inbox
 from verifier_service.engine import Engine
 from verifier_service.model.device.shard_sampling import ShardSampling
 from verifier_service.model.runner import TargetRunner
-from verifier_service.plan import RowDraw
+from verifier_service.plan import RowDraw, ShownRows
 from verifier_service.sampling.draw import every_row
 from verifier_service.sampling.kernel_draw import draw_by_kernels
 from verifier_service.scheduler import SchedulerLimits
@@ -65,6 +65,22 @@ def test_logits_are_made_for_truncated_rows_alone_and_the_tokens_are_those_of_al
     monkeypatch.setattr(TritonHead, "__call__", noted)
     assert ShardSampling(head).take(hidden, draws).tolist() == want.tolist()
     assert made == logits
+
+
+def test_rows_whose_tokens_are_others_to_take_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    head = VocabularyHead(torch.randn(64, 16), 64, RankGroup(), TritonOperations())
+    hidden, raced, race = torch.randn(5, 16), [], TritonHead.race
+
+    def noted(self: TritonHead, some: torch.Tensor, *rest: Any) -> Any:
+        raced.append(len(some))
+        return race(self, some, *rest)
+
+    monkeypatch.setattr(TritonHead, "race", noted)
+    alone = ShardSampling(head).take(hidden, ())
+    tokens = ShardSampling(head).take(hidden, (), [ShownRows(0, 1, True), ShownRows(3, 2, True)])
+    assert tokens[1:3].tolist() == alone[1:3].tolist()
+    assert ShardSampling(head).take(hidden, (), [ShownRows(0, 5, True)]).shape == (5,)
+    assert raced == [5, 2]
 
 
 @pytest.mark.parametrize("operations", [TritonOperations(), DeterministicTritonOperations(torch.float32, device="cpu")])

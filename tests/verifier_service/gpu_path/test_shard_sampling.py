@@ -28,7 +28,7 @@ def test_rows_of_all_kinds_get_the_whole_vocabularys_tokens_on_every_rank(found)
     assert found["rank 0"]["rows"]["tokens"][-1] == -1, "logits that are not finite"
 
 
-def test_logits_are_gathered_for_rows_that_their_candidates_leave_open(found):
+def test_logits_are_gathered_for_a_top_k_beyond_the_candidates_but_not_for_rows_that_these_leave_open(found):
     assert [rank["rows"]["gathers"] for rank in found.values()] == [1, 1]
 
 
@@ -44,7 +44,7 @@ def test_no_logits_are_gathered_in_plain_and_sampled_steps_that_are_launched_ahe
 
 
 def test_rows_that_the_host_works_on_have_their_logits_gathered_and_no_others(found):
-    """Three of the four requests of `late`; of `mixed` one, and one that its candidates leave open, with drafts."""
+    """Three of the four requests of `late`; of `mixed` one, with drafts, not the one that its candidates leave open."""
     for rank in found.values():
         assert set(rank["late"]["gathers"]) <= {1, 2, 3}
         assert max(rank["late"]["gathers"]) == 3

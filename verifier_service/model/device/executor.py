@@ -111,9 +111,9 @@ class KernelExecutor:
             asked = Work(len(plan.verify), longest, prefill=_prefill_parts(plan), logit_rows=logit_rows)
             hidden = self._forward.run(inputs.fixed, self._taken, asked, taps if self._first else ())
         if plan.draws is not None:
-            return ForwardOutput(
-                self._shown(hidden.normed, plan), hidden.taps, self._sampling.take(hidden.normed, plan.draws)
-            )
+            late = [rows for rows in plan.shown if rows.late]
+            tokens = self._sampling.take(hidden.normed, plan.draws, late)
+            return ForwardOutput(self._shown(hidden.normed, plan), hidden.taps, tokens)
         logits = self._head(hidden.normed) if len(hidden.normed) else self._no_logits()
         return ForwardOutput(logits if self._first else None, hidden.taps)
 
