@@ -82,6 +82,7 @@ def colocated_link(
         hidden=fuser.hidden,
         vocabulary=vocabulary,
         dtype=settings.dtype,
+        load=engine.load,
     )
 
 

@@ -62,6 +62,7 @@ class BlockDrafter(BlockDrafting):
         self.pool = ContextPool(self._model, slots, loaded.window)
         self._attend = AttendEach if self._model.device.type == "cpu" else AttendPadded
         self._warm_up(loaded)
+        self.counters = Counter(rows=0)
 
     def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
         loaded, device = self._loaded, self._model.device
@@ -74,6 +75,7 @@ class BlockDrafter(BlockDrafting):
             ids += [bonus, *[loaded.config.mask_token_id] * (block.rows - 1)]
             positions += range(block.base, block.base + block.rows)
             inside += range(block.rows)
+        self.counters["rows"] += len(ids)
         tokens, where, places = torch.tensor([ids, positions, inside], device=device).unbind()
         hidden = F.embedding(tokens, loaded.embedding)
         if loaded.embedding_scale != 1.0:

@@ -27,6 +27,7 @@ from cluster.link.messages import (
     Draft,
     DraftAnswer,
     DraftAsk,
+    DraftTotals,
     Heartbeat,
     Hello,
     Mark,
@@ -84,7 +85,8 @@ class DrafterEngine:
         self._moved: dict[Key, Context] = {}  # whose watermark the current pass moves
         self._turned_away: dict[Key, None] = {}  # in the current pass, for want of room
         self._counters: Counter[str] = Counter(asks=0, empty=0, evicted=0, turned_away=0, invalid=0)
-        self._counters.update(shared_rows=0, unshared=0)
+        self._counters.update(shared_rows=0, unshared=0, steps=0, drafts=0, appended_rows=0)
+        self._busy_seconds = 0.0  # in all, as _busy is since the last heartbeat
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="drafter-engine", daemon=True)
@@ -146,18 +148,22 @@ class DrafterEngine:
         """asks: answered; empty: with no drafts; refused: at once, the queue being full; outdated: repeated or behind a
         newer ask, not answered; evicted: contexts that gave way to another link's; turned_away: new ones without a
         place; invalid: appends that cannot be; shared_rows: copied from other contexts; unshared: shares whose source
-        was gone. On the kernels also rows: drafted, bonus tokens included; padding_rows: computed beside them to fill a
-        bucket; eager_steps: forwards that no CUDA graph held."""
+        was gone; appended_rows: of features that became context KV; steps: forwards; drafts: their blocks; rows: of
+        those, bonus tokens included. On the kernels also padding_rows: computed beside them to fill a bucket;
+        eager_steps: forwards that no CUDA graph held; graphs, graph_failures: sizes with and without one."""
         return {**self._counters, **self._inbox.counters, **self._drafter.counters}
 
     def load(self) -> Heartbeat:
-        """Since the last call: share of time spent in passes; median seconds of the last passes that drafted."""
+        """Since the last call: share of time spent in passes; median seconds of the last passes that drafted. totals:
+        since the start."""
         now = time.monotonic()
         elapsed, busy = now - self._measured, self._busy
         self._measured, self._busy = now, 0.0
         seconds = self._seconds.copy()
         median = statistics.median(seconds) if seconds else 0.0
-        return Heartbeat(self._inbox.asks, min(1.0, busy / elapsed) if elapsed > 0 else 0.0, median)
+        counted = {name: value for name, value in self.counters.items() if name in DraftTotals.__struct_fields__}
+        totals = DraftTotals(**counted, busy_seconds=self._busy_seconds)
+        return Heartbeat(self._inbox.asks, min(1.0, busy / elapsed) if elapsed > 0 else 0.0, median, totals)
 
     def stop(self) -> None:
         """End the thread. Queued asks stay unanswered: their links are closed by now, or about to be."""
@@ -180,7 +186,9 @@ class DrafterEngine:
             self._draft(asked, answers)
             self._seconds.append(time.monotonic() - began)
         self._send(answers)
-        self._busy += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._busy += seconds
+        self._busy_seconds += seconds
         return True
 
     # The engine's thread.
@@ -238,6 +246,7 @@ class DrafterEngine:
             return
         self._note_evicted(placement.evicted)
         self._drafter.pool.stage(placement, features)
+        self._counters["appended_rows"] += len(placement.rows)
         self._moved[key] = placement.context
 
     def _share(self, key: Key, share: Share) -> None:
@@ -301,6 +310,8 @@ class DrafterEngine:
                 blocks.append(block)
         if not ready:
             return
+        self._counters["steps"] += 1
+        self._counters["drafts"] += len(blocks)
         drafts = self._drafter.draft(blocks, [event.ask.bonus_token for event in ready])
         for event, (token_ids, confidence) in zip(ready, drafts):
             answers.add(event.peer, _answer(event.ask, token_ids, confidence))

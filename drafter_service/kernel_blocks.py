@@ -38,7 +38,9 @@ class KernelDrafter(BlockDrafting):
         self.graphs = len(list(self._buckets)) if device.type == "cuda" else 0
         if self.graphs and graphs:
             self._graphs = captured(self._forward, self._buckets, self._describe_nothing)
-        self.counters = Counter(rows=0, padding_rows=0, eager_steps=0)
+        captured_graphs = len(self._graphs)
+        self.counters = Counter(rows=0, padding_rows=0, eager_steps=0, graphs=captured_graphs)
+        self.counters["graph_failures"] = self.graphs - captured_graphs if graphs else 0
 
     def draft(self, blocks: Sequence[Block], bonus_tokens: Sequence[int]) -> list[Drafts]:
         """As `BlockDrafter.draft`. The host waits once, for the answers."""

@@ -104,6 +104,7 @@ def _operator_routes(core: RouterCore) -> APIRouter:
         core.metrics.engines.set(sum(engine.problem is None for engine in engines))
         core.metrics.waiting.set(sum(engine.waiting for engine in engines))
         core.metrics.drafting_failures.set(sum(engine.drafting_failures for engine in engines))
+        core.metrics.of_engines.engines = [engine.counts for engine in engines if engine.counts is not None]
         return Response(core.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes

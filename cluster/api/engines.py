@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cluster.api.balance import Load, choose
 from cluster.api.engine_client import EngineClient
+from cluster.api.engine_metrics import EngineCounts
 from cluster.api.settings import RouterSettings
 from cluster.errors import EngineDiedError, SecretError
 from cluster.tls import OPEN, Access
@@ -24,7 +25,7 @@ DENIED_RETRY_S = 30.0  # a person has to act first
 class EngineHealth:
     """Of one address. problem: why no tokens can be had from it now, or None.
 
-    drafting_failures: how often drafting failed in it and was built afresh.
+    drafting_failures: how often drafting failed in it and was built afresh. counts: what it and its drafter count.
     """
 
     address: str
@@ -34,6 +35,7 @@ class EngineHealth:
     waiting: int = 0
     linked: bool = False
     drafting_failures: int = 0
+    counts: EngineCounts | None = None
 
 
 class Engines:
@@ -139,6 +141,7 @@ class Engine:
             status.waiting,
             status.linked,
             int(status.counters.get("drafting_failures", 0)),
+            EngineCounts(client.info.engine_id, status.drafter_id if status.linked else "", status.counters),
         )
 
     async def leave(self) -> None:

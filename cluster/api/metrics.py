@@ -6,6 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from cluster.api.engine_metrics import EngineMetrics
 from cluster.contracts import Delta
 
 PREFIX = "paceline"
@@ -37,6 +38,8 @@ class Metrics:
 
     def __init__(self, model: str):
         self.registry = CollectorRegistry()
+        self.of_engines = EngineMetrics(PREFIX, model)
+        self.registry.register(self.of_engines)
         self._model = model
         self.running = self._gauge("num_requests_running", "Choices that this router has under way.")
         self.waiting = self._gauge("num_requests_waiting", "Choices that wait in engines for a slot.")

@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     import torch
 
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Share, Welcome
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Piece, Share, Welcome
 
 
 class LinkState(msgspec.Struct, frozen=True):  # made several times a step, in a tenth of a dataclass's time
@@ -37,6 +37,10 @@ class VerifierLink(Protocol):
 
     @property
     def state(self) -> LinkState: ...
+
+    @property
+    def drafter_load(self) -> Heartbeat:
+        """What the drafter said of itself last, in any epoch."""
 
     @property
     def queued_bytes(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cluster.link.answers import AnswerBook
 from cluster.link.face import DrafterHandler, LinkState
-from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Hello, Mark, Piece, Share
+from cluster.link.messages import PROTOCOL, Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Mark, Piece, Share
 from cluster.link.planes import DTYPES, parted
 
 
@@ -37,8 +37,8 @@ class LocalLink:
     """A VerifierLink that calls its handler directly. One epoch, which lasts until `stop`.
 
     Features reach the handler in `dtype` on their own device; without a cast they are the caller's own tensor, which
-    must then not be changed. Raises LinkError if the handler refuses the hello: both halves are one process's own
-    configuration, so there is nothing to wait for.
+    must then not be changed. load: the drafter's word on itself. Raises LinkError if the handler refuses the hello:
+    both halves are one process's own configuration, so there is nothing to wait for.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class LocalLink:
         hidden: int = 0,
         vocabulary: int = 1 << 31,
         dtype: str = "float32",
+        load: Callable[[], Heartbeat] = Heartbeat,
     ):
         hello = Hello(
             protocol=PROTOCOL,
@@ -63,7 +64,7 @@ class LocalLink:
             dtype=dtype,
             tensor_transport="local",
         )
-        self._handler = handler
+        self._handler, self._load = handler, load
         self._dtype = DTYPES[dtype]
         self._book = AnswerBook(vocabulary)
         welcome = handler.hello(hello)
@@ -90,6 +91,10 @@ class LocalLink:
     @property
     def counters(self) -> dict[str, int]:
         return dict(self._book.counters)
+
+    @property
+    def drafter_load(self) -> Heartbeat:
+        return self._load()
 
     @property
     def queued_bytes(self) -> int:

@@ -148,12 +148,35 @@ class Credit(msgspec.Struct, frozen=True, tag="credit"):
     bytes: int
 
 
+class DraftTotals(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a drafter has done since its start, for all its links together: cluster.api.engine_metrics says what each
+    number is. New ones go to the end."""
+
+    asks: int = 0
+    empty: int = 0
+    refused: int = 0
+    steps: int = 0
+    drafts: int = 0
+    rows: int = 0
+    padding_rows: int = 0
+    eager_steps: int = 0
+    graphs: int = 0
+    graph_failures: int = 0
+    appended_rows: int = 0
+    shared_rows: int = 0
+    evicted: int = 0
+    turned_away: int = 0
+    busy_seconds: float = 0.0
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Both ways, every heartbeat period. queue: asks waiting; utilisation 0..1; seconds: p50 of a draft batch."""
+    """Both ways, every heartbeat period. queue: asks waiting; utilisation 0..1; seconds: p50 of a draft batch; totals:
+    of a drafter, None from a verifier."""
 
     queue: int = 0
     utilisation: float = 0.0
     seconds: float = 0.0
+    totals: DraftTotals | None = None
 
 
 FromVerifier = Hello | Append | Share | Draft | Close | Heartbeat

@@ -102,7 +102,7 @@ class RemoteLink:
         self._complaints: set[tuple[str, str]] = set()
         self._latest: Session | None = None
         self._stopping = False
-        self.drafter_load = Heartbeat()
+        self._drafter_load = Heartbeat()
         heartbeat = self._codec.pack(Heartbeat())
         self._pump = Pump("link-pump", heartbeat_s, hard_deadline_s, lambda: heartbeat)
         self._dialler = Dialler(
@@ -140,6 +140,10 @@ class RemoteLink:
     def counters(self) -> dict[str, int]:
         """Answers taken and dropped, epochs ended and why: see AnswerBook for the answers'."""
         return {**self._counters, **self._book.counters}
+
+    @property
+    def drafter_load(self) -> Heartbeat:
+        return self._drafter_load
 
     @property
     def queued_bytes(self) -> int:
@@ -269,7 +273,7 @@ class RemoteLink:
             case Ack():
                 self._counters["acks"] += 1
             case Heartbeat():
-                self.drafter_load = message
+                self._drafter_load = message
             case Credit():
                 session.plane.granted(message.bytes)
             case Evicted():

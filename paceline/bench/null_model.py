@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from cluster.link.face import LinkState, Peer
-from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Hello, Piece, Share, Welcome
+from cluster.link.messages import Draft, DraftAnswer, DraftAsk, Heartbeat, Hello, Piece, Share, Welcome
 from verifier_service.model.face import ForwardOutput, ModelShape
 from verifier_service.plan import StepPlan
 
@@ -84,6 +84,7 @@ class NullLink:
     """A VerifierLink that answers at once. Nothing is sent, nothing is lost."""
 
     queued_bytes = 0
+    drafter_load = Heartbeat()
 
     def __init__(self, drafts: NullDrafts):
         self._drafts = drafts

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from cluster.link.answers import AnswerBook
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
+from cluster.link.messages import DraftAnswer, DraftAsk, Heartbeat, Piece, Share
 from cluster.pairing.policy import assign
 from paceline.simulate.drafters import WRONG, SimulatedDrafter
 from paceline.simulate.virtual_time import Action, Process, VirtualTime
@@ -46,6 +46,10 @@ class SimulatedLink:
         self.state = LinkState(False, 0)
 
     # The link's face.
+
+    @property
+    def drafter_load(self) -> Heartbeat:
+        return Heartbeat()
 
     @property
     def queued_bytes(self) -> int:

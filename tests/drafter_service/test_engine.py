@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 from safetensors.torch import load_file
 
 from cluster.link.messages import Draft, DraftAsk, Share
@@ -24,6 +25,21 @@ def test_an_ask_is_answered_with_as_many_tokens_as_rows(engine, peer):
         assert len(answer.token_ids) == len(answer.confidence) == rows
         assert all(0 <= token < VOCABULARY for token in answer.token_ids)
         assert all(1 / VOCABULARY <= confidence <= 1 for confidence in answer.confidence)
+
+
+def test_the_load_counts_what_was_done(engine, peer):
+    before = asdict(engine.load().totals)
+    for index, name in enumerate("abcd"):  # one more than there is room for
+        engine.append(peer, name, 0, features(CONTEXT, index))
+    engine.append(peer, "b", CONTEXT - 4, features(6))
+    engine.draft(peer, Draft((DraftAsk("b", CONTEXT + 2, 7, 3), DraftAsk("c", CONTEXT, 7, 2), DraftAsk("?", 5, 7, 2))))
+    totals = engine.load().totals
+    done = {name: value - before[name] for name, value in asdict(totals).items()}
+    assert (done["asks"], done["empty"], done["steps"], done["drafts"], done["rows"]) == (3, 1, 1, 2, 7)
+    assert done["appended_rows"] == 3 * CONTEXT + 2
+    assert done["turned_away"] + done["evicted"] == 1
+    assert done["busy_seconds"] > 0
+    assert engine.load().totals == totals
 
 
 def test_drafts_are_the_papers_most_probable_tokens(engine, peer, target_dir, drafter_dir):

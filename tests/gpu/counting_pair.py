@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.link.face import LinkState, VerifierLink
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
+from cluster.link.messages import DraftAnswer, DraftAsk, Heartbeat, Piece, Share
 from drafter_service.model import DFlashModel
 from modeling.dflash_config import DFlashConfig
 from tests.gpu.random_target import cut
@@ -86,6 +86,10 @@ class ForcedLink:
     @property
     def state(self) -> LinkState:
         return self._link.state
+
+    @property
+    def drafter_load(self) -> Heartbeat:
+        return self._link.drafter_load
 
     @property
     def queued_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from cluster.contracts import SamplingParams
 from cluster.link.face import LinkState
-from cluster.link.messages import DraftAnswer, DraftAsk, Piece, Share
+from cluster.link.messages import DraftAnswer, DraftAsk, DraftTotals, Heartbeat, Piece, Share
 from cluster.link.planes import parted
 from tests.verifier_service.test_engine import MODEL, Inbox, expected, make_engine, request, running
 from verifier_service.control import PLAIN_FIRST, SpeculationControl
@@ -48,6 +48,7 @@ class CheckedLink:
         self.closed: set[str] = set()
         self.silent = False
         self.queued_bytes = 0
+        self.drafter_load = Heartbeat()
         self.rows = self.shared = 0
         self.over: dict[str, dict[int, int]] = {}  # what closed contexts held
         self.forgetful = False  # nothing can be shared
@@ -230,7 +231,9 @@ def test_a_control_learns_from_the_steps(running):
 
 def test_after_a_new_epoch_the_window_is_sent_again(running):
     link = CheckedLink()
+    link.drafter_load = Heartbeat(totals=DraftTotals(rows=12, busy_seconds=0.5))
     counters = drive(link, linked(link), running, at(link.begin_epoch, 4, 9))
+    assert (counters["drafter_rows"], counters["drafter_busy_seconds"]) == (12.0, 0.5)
     assert counters["accepted_tokens"] > 0.4 * counters["output_tokens"]
 
 

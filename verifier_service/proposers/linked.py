@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from msgspec.structs import asdict
 
 from cluster.link.face import LinkState, VerifierLink
 from cluster.link.messages import DraftAnswer, DraftAsk
@@ -147,6 +148,8 @@ class LinkProposer:
             "feature_bytes": float(self._store.bytes),
             "block_feature_bytes": float(self._store.block_bytes),
         }
+        if (totals := self._link.drafter_load.totals) is not None:
+            counters |= {f"drafter_{name}": float(value) for name, value in asdict(totals).items()}
         return ProposerState(state.linked, state.drafter_id, state.epoch, counters)
 
     def stop(self) -> None:

@@ -50,6 +50,7 @@ class FakeEngine:
         self.finish: str | None = None
         self.answers_probes = True
         self.counters: dict[str, float] = {}
+        self.drafter_id = "drafter"
         self.received: list[Message] = []
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -103,7 +104,7 @@ class FakeEngine:
                     task.cancel()
 
     def _status(self, nonce: int) -> Status:
-        return Status(nonce, 1, 0.0, len(self._tasks), 0, 10, 10, True, "drafter", 1, self.counters)
+        return Status(nonce, 1, 0.0, len(self._tasks), 0, 10, 10, True, self.drafter_id, 1, self.counters)
 
     async def _generate(self, request: EngineRequest, writer: asyncio.StreamWriter) -> None:
         for delta in self._deltas(request):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api.engine_client import EngineClient
 from cluster.api.settings import RouterSettings
@@ -111,6 +113,28 @@ def test_metrics_tell_how_often_drafting_failed_in_all_engines(serve, new_engine
         engine.counters = {"drafting_failures": float(failures)}
     served = serve(*engines)
     eventually(lambda: served.metric("drafting_failures") == 5)
+
+
+def test_metrics_pass_on_what_engines_and_their_drafters_count(serve, new_engine):
+    engines = [new_engine(name) for name in "abc"]
+    for rows, engine in enumerate(engines, 5):
+        engine.counters = {"graph_padding_rows": float(rows), "drafter_rows": 10.0 * rows, "unlisted": 1.0}
+        engine.drafter_id = "" if engine is engines[2] else "d"
+    served = serve(*engines)
+    told = [served.metric("engine_graph_padding_rows_total", engine=name) for name in "abc"]
+    assert told == [5, 6, 7]
+    assert served.metric("drafter_rows_total", drafter="d") == 60, "both engines speak of one drafter"
+    text = served.get("/metrics").text
+    assert "unlisted" not in text
+    assert 'drafter=""' not in text
+
+
+def test_every_metric_is_documented(served):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text()
+    families = [family.name for family in text_string_to_metric_families(served.get("/metrics").text)]
+    families = [name for name in families if not name.endswith("_created")]
+    assert len(families) > 30
+    assert not [name for name in families if f"`{name.removeprefix('paceline_')}`" not in page]
 
 
 def test_streams_of_one_connection_do_not_mix(loop, engine):

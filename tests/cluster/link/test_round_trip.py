@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.link.local import LocalLink
-from cluster.link.messages import DraftAsk, Heartbeat, Piece, Share
+from cluster.link.messages import DraftAsk, DraftTotals, Heartbeat, Piece, Share
 from tests.cluster.link.echo import HIDDEN, Echo, append, connect, echoed, eventually, serve
 
 
@@ -188,9 +188,10 @@ def test_features_of_another_width_are_an_error_of_the_caller(stops):
 
 
 def test_heartbeats_carry_the_drafters_load(stops):
-    server = stops(serve(Echo(), load=lambda: Heartbeat(queue=3, utilisation=0.5, seconds=0.01)))
+    server = stops(serve(Echo(), load=lambda: Heartbeat(3, 0.5, 0.01, DraftTotals(rows=7, busy_seconds=1.5))))
     link = stops(connect(server.address))
     eventually(lambda: link.drafter_load.queue == 3)
+    assert link.drafter_load.totals == DraftTotals(rows=7, busy_seconds=1.5)
 
 
 def test_a_failing_load_callback_does_not_end_the_link(stops):
