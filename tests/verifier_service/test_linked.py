@@ -148,8 +148,9 @@ class CheckedLink:
 
 def linked(link: CheckedLink, **changes) -> LinkProposer:
     store = FeatureStore(changes.pop("store_bytes", 1 << 20), 4, 2)
+    fuser = changes.pop("fuser", TapFuser())
     settings = {"verifier_id": "v", "max_draft_tokens": None, "soft_deadline_s": 0.01, **changes}
-    return LinkProposer(link, TapFuser(), store, **settings)
+    return LinkProposer(link, fuser, store, **settings)
 
 
 def drive(link: CheckedLink, proposer: LinkProposer, running, event=None, names=8, **limits) -> dict[str, float]:
@@ -313,12 +314,21 @@ def test_a_late_answer_is_used_where_it_still_fits(running):
 
 
 def test_requests_without_drafts_cost_nothing(running):
+    class Idle(TapFuser):
+        def __call__(self, taps: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("features that nobody will want")
+
     link = CheckedLink()
-    engine = running(make_engine(proposer=linked(link)))
+    proposer = linked(link, fuser=Idle())
+    engine = running(make_engine(proposer=proposer))
     inbox = Inbox()
-    engine.submit(request("a", max_draft_tokens=0), inbox)
+    engine.submit(request("a", prompt=30, max_draft_tokens=0), inbox)
     inbox.wait("a")
+    assert inbox.text("a") == expected("a", 30)
     assert (link.rows, link.asked) == (0, [])
+    counters = engine.status().counters
+    assert (counters["drafting_failures"], counters["block_feature_bytes"]) == (0, 0)
+    assert proposer._contexts._unfused.taps == [], "nothing waits to be fused either"
 
 
 def test_steps_are_launched_ahead_while_the_drafter_has_no_room_for_any_request(running):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from cluster.contracts import EngineRequest
 from tests.verifier_service.soak import Soak
 from tests.verifier_service.test_linked import CheckedLink, TapFuser
 from verifier_service.features import FeatureStore
@@ -164,3 +165,15 @@ def test_what_is_kept_and_sent_is_as_if_every_step_were_fused_at_once(seed, ahea
     assert sum(lazy.fuser.calls) == sum(eager.fuser.calls), "each row is fused once"
     assert max(lazy.fuser.calls) <= UNFUSED_ROWS
     assert len(lazy.fuser.calls) < len(eager.fuser.calls) / 2
+
+
+def test_a_long_prompt_waits_for_nothing_and_is_not_fused_with_what_waits():
+    side = Side(False, lambda: 0.0)
+    sequence = RunningRequest(EngineRequest("a", tuple(range(150)), 1, 8), (0, 0))
+    sequence.hashes = [bytes([block]) for block in range(37)]
+    taps = torch.stack([torch.arange(150.0), torch.arange(150.0)], dim=1)
+    side.take([Progress(sequence, 0, 0, 10)], taps[:10], send=False)
+    assert side.fuser.calls == []
+    side.take([Progress(sequence, 0, 10, 140)], taps[10:], send=False)
+    assert side.fuser.calls == [10, 140]
+    assert side.contexts._unfused.taps == []
