@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cluster.contracts import Configure
-from cluster.link.messages import Piece
+from cluster.link.face import LinkState
+from cluster.link.messages import DraftAnswer, DraftAsk, Piece
 from tests.verifier_service.test_engine import Inbox, make_engine, request, running
-from tests.verifier_service.test_linked import BLOCK, CheckedLink, drive, linked
+from tests.verifier_service.test_linked import BLOCK, CheckedLink, at, drive, linked
 from verifier_service.control import SpeculationControl
 from verifier_service.sequence import Progress, RunningRequest
 
@@ -125,3 +127,52 @@ def test_catching_up_counts_as_time_spent_on_drafting():
     link.queued_bytes = 0
     assert step(4, 1) == 1.0
     assert control.waits == [(1, 1, 1.0, 0)]
+
+
+def test_steps_run_ahead_while_a_stalled_drafter_owes_all_answers(running):
+    link = CheckedLink()
+    link.silent = True
+    proposer = linked(link, control=Watched(fixed=3), soft_deadline_s=1e-9)  # patience alone would let it ask again
+    counters = drive(link, proposer, running, names=2, runs_ahead=True)
+    assert len(link.asked) == 2
+    assert counters["steps_ahead"] > 15
+
+
+@pytest.mark.parametrize(("version", "renewed"), [("v", 1), ("w", 2)])
+def test_another_epoch_leaves_the_control_what_it_knows_unless_the_drafter_is_another(running, version, renewed):
+    class Renewed(Watched):
+        count = 0
+
+        def renew(self) -> None:
+            self.count += 1
+            super().renew()
+
+    class OtherLink(CheckedLink):
+        @property
+        def state(self) -> LinkState:
+            state = super().state
+            return replace(state, drafter_version="v" if state.epoch == 1 else version)
+
+    link, control = OtherLink(), Renewed(fixed=3)
+    drive(link, linked(link, control=control), running, at(link.begin_epoch, 5, 9))
+    assert control.count == renewed
+
+
+def test_of_an_answer_only_the_drafts_that_are_sure_enough_are_verified(running):
+    class Telling(CheckedLink):
+        """Right and sure of it, but for the last drafts of a block."""
+
+        def draft(self, ask: DraftAsk) -> DraftAnswer:
+            answer = super().draft(ask)
+            wrong = tuple((token + 1) % 64 for token in answer.token_ids[3:])
+            return DraftAnswer(
+                ask.context_id,
+                ask.base,
+                answer.token_ids[:3] + wrong,
+                (0.99,) * len(answer.token_ids[:3]) + (0.01,) * len(wrong),
+            )
+
+    link, control = Telling(), Watched(fixed=BLOCK - 1)
+    counters = drive(link, linked(link, control=control), running, names=3)
+    assert max(ask.rows for ask in link.asked) == BLOCK - 1
+    assert 0 < counters["drafted_tokens"] < 1.2 * counters["accepted_tokens"]
