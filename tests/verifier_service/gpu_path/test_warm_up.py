@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from cluster.contracts import EngineInfo, EngineRequest
+from cluster.contracts import EngineInfo, EngineRequest, SamplingParams
 from tests.verifier_service.gpu_path.tiny import OVERRIDES, TinyTarget
 from tests.verifier_service.model import tiny_targets
 from tests.verifier_service.model.schedules import BLOCK_TOKENS, BLOCKS, SLOTS
@@ -23,6 +23,8 @@ from verifier_service.scheduler import SchedulerLimits
 from verifier_service.warm_up import warm_up
 
 LONGEST_ROW, STEP_TOKENS = 4, 20
+PROMPTS = {"short": 3, "long": 19, "shaped": 2}
+SHAPED = SamplingParams(temperature=0.9, top_k=5, frequency_penalty=0.5, logprobs=1)
 ONE_LAYER = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
 
 
@@ -63,10 +65,10 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(tmp_path: Path, monke
     with noted_forms() as warmed:
         warm_up(runner, limits, LONGEST_ROW)
     with noted_forms() as served:
-        said = _serve(runner, limits, {"short": 3, "long": 19})
+        said = _serve(runner, limits, PROMPTS)
     assert served
     assert served <= warmed
-    assert said == _serve(target.runner("torch"), limits, {"short": 3, "long": 19}), "the warm-up leaves nothing behind"
+    assert said == _serve(target.runner("torch"), limits, PROMPTS), "the warm-up leaves nothing behind"
 
 
 def _serve(runner: Any, limits: SchedulerLimits, prompts: dict[str, int]) -> dict[str, list[int]]:
@@ -77,7 +79,10 @@ def _serve(runner: Any, limits: SchedulerLimits, prompts: dict[str, int]) -> dic
     )
     inbox = Inbox()
     for name, count in prompts.items():
-        engine.submit(EngineRequest(name, tuple(range(3, 3 + count)), seed=1, max_new_tokens=3), inbox)
+        sampling = SHAPED if name == "shaped" else SamplingParams()
+        engine.submit(
+            EngineRequest(name, tuple(range(3, 3 + count)), seed=1, max_new_tokens=3, sampling=sampling), inbox
+        )
     engine.start()
     with mock.patch("tests.verifier_service.test_engine.WAIT_S", 60.0):
         inbox.wait(*prompts)
