@@ -125,7 +125,7 @@ wanted = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     mix=st.lists(wanted, min_size=6, max_size=6),
     aborts=st.dictionaries(st.sampled_from([f"r{i}" for i in range(6)]), st.integers(1, OUTPUT), max_size=2),
