@@ -132,7 +132,7 @@ def test_catching_up_counts_as_time_spent_on_drafting():
 def test_steps_run_ahead_while_a_stalled_drafter_owes_all_answers(running):
     link = CheckedLink()
     link.silent = True
-    proposer = linked(link, control=Watched(fixed=3), soft_deadline_s=1e-9)  # patience alone would let it ask again
+    proposer = linked(link, soft_deadline_s=1e-9)  # patience alone would let it ask again
     counters = drive(link, proposer, running, names=2, runs_ahead=True)
     assert len(link.asked) == 2
     assert counters["steps_ahead"] > 15
