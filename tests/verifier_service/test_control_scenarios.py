@@ -33,14 +33,13 @@ from verifier_service.control import SpeculationControl
 
 NOISE = 0.004  # of simulated steps, in the mean of a run
 WORTHWHILE = 1.15
-costs_ids = {"ids": lambda costs: costs.name}
 
 
 def run(costs: Costs, drafter: Drafter, text: str, *sizes: int, steps: int = 4000, seed: int = 0) -> Outcome:
     return Engine(Scenario(costs, drafter, text, sizes, steps), SpeculationControl(MOST), seed).run()
 
 
-@pytest.mark.parametrize("costs", [CPU, GPU], **costs_ids)
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=lambda costs: costs.name)
 @pytest.mark.parametrize("size", [1, 4, 32, 128])
 @pytest.mark.parametrize("drafter", [BAD, GARBAGE, SLOW, LATE, FLAPPING, MANY], ids=lambda drafter: drafter.name)
 def test_in_the_long_run_no_drafter_costs_more_than_two_percent(costs, size, drafter):
@@ -48,7 +47,7 @@ def test_in_the_long_run_no_drafter_costs_more_than_two_percent(costs, size, dra
     assert run(costs, drafter, text, size).over_plain >= 0.98 - NOISE
 
 
-@pytest.mark.parametrize("costs", [CPU, GPU], **costs_ids)
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=lambda costs: costs.name)
 @pytest.mark.parametrize("size", [1, 8, 32])
 @pytest.mark.parametrize("drafter", [BAD, GARBAGE, SLOW, LATE, MANY], ids=lambda drafter: drafter.name)
 def test_a_short_run_loses_no_more_than_the_first_allowance_and_one_ask(costs, size, drafter):
@@ -58,7 +57,7 @@ def test_a_short_run_loses_no_more_than_the_first_allowance_and_one_ask(costs, s
     assert lost <= FIRST + (SHARE + NOISE) * steps + MOST
 
 
-@pytest.mark.parametrize("costs", [CPU, GPU], **costs_ids)
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=lambda costs: costs.name)
 @pytest.mark.parametrize("size", [1, 4, 8])
 @pytest.mark.parametrize("drafter", [GOOD, MUTE], ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("text", TEXTS)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from verifier_service.step_tables.grid import Grid
 
-LINEAR = {(n, k, c): 1.0 + 2 * n + 3 * k + 0.5 * c for n, k, c in product((1, 4, 16), (1, 2, 8), (10, 100))}
+LINEAR: dict[tuple[int, ...], float] = {
+    (n, k, c): 1.0 + 2 * n + 3 * k + 0.5 * c for n, k, c in product((1, 4, 16), (1, 2, 8), (10, 100))
+}
 
 
 @pytest.mark.parametrize("where", [(1, 1, 10), (16, 8, 100), (3, 5, 70), (8.5, 1, 33.0)])
@@ -48,7 +50,7 @@ def test_more_work_never_takes_less_time_whatever_was_measured(data, first, seco
     """Noise, holes and places beyond the grid included."""
     every = list(product(first, second, third))
     kept = [where for where in every[1:] if data.draw(st.booleans())]
-    points = {where: data.draw(st.floats(1e-4, 1.0)) for where in [every[0], *kept]}
+    points: dict[tuple[int, ...], float] = {where: data.draw(st.floats(1e-4, 1.0)) for where in [every[0], *kept]}
     grid = Grid(points)
     low, high = tuple(map(min, zip(one, other))), tuple(map(max, zip(one, other)))
     assert grid.at(*low) <= grid.at(*high) * (1 + 1e-9)
