@@ -58,8 +58,8 @@ class SpeculationSettings(Strict):
     )
     step_table: str | None = Field(
         None,
-        description="file of measured verify steps (deploy/steps/README.md), by which `paceline plan` and `paceline "
-        "simulate` price steps; null = estimated",
+        description="file of measured verify steps (deploy/steps/README.md): what the choice of drafts begins with, "
+        "until the engine has measured its own, and what `paceline plan` and `simulate` price steps by; null = none",
     )
     draft_table: str | None = Field(None, description="the same of drafts")
 

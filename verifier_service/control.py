@@ -28,6 +28,7 @@ from itertools import accumulate, chain
 from verifier_service.allowance import SHARE, Allowance
 from verifier_service.calibration import Calibration
 from verifier_service.step_costs import SLOWEST_WAIT, StepCosts, octave
+from verifier_service.step_tables.prior import StepPrior
 
 PLAIN_FIRST = 3  # plain steps of a batch size before the first drafts
 START, STAY = 1.05, 1.01  # drafting has to promise so much over plain decoding, to begin and to go on: estimates err
@@ -81,16 +82,17 @@ class _Size:
 
 
 class SpeculationControl:
-    """One engine's. most: block size - 1. Batch sizes are requests rounded up to a power of two.
+    """One engine's. most: block size - 1. prior: what steps should cost, until they are measured. Batch sizes are
+    requests rounded up to a power of two.
 
     A step of the engine calls, in this order: `verified` for each request whose drafts it has verified, `choose`,
     `kept` with the answers that have come and `waited` if drafts were asked for, `step`.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, prior: StepPrior | None = None):
         self.most = most
         self.ask_at_most = 1 << 30  # requests, as of the last choice
-        self._costs, self._allowance, self._calibration = StepCosts(), Allowance(), Calibration(most)
+        self._costs, self._allowance, self._calibration = StepCosts(most, prior), Allowance(), Calibration(most)
         self._sizes: dict[int, _Size] = {}
         self._choices = 0
         self._plan = _Plan()
@@ -164,7 +166,7 @@ class SpeculationControl:
         free, self._free_wait = self._free_wait, False
         if free:
             return
-        usual = self._costs.wait.at(asked) if self._costs.wait.samples(asked) else seconds
+        usual = self._costs.wait.at(asked) if self._costs.wait.measured(asked) else seconds
         self._costs.wait.add(asked, seconds)
         if plain := self._costs.plain(requests):
             self._allowance.passed(seconds / plain)

@@ -18,7 +18,7 @@ from modeling.device_memory import LINK_BYTES
 from modeling.dflash import FeatureFuser
 from modeling.dflash_config import DFlashConfig
 from modeling.kernel_choice import wants_triton
-from modeling.target_config import target_fingerprint
+from modeling.target_config import read_target_config, target_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.control import SpeculationControl
 from verifier_service.engine import Engine, follow
@@ -38,6 +38,7 @@ from verifier_service.rank_group import joined_ranks
 from verifier_service.recorder import FlightRecorder, FlightTarget
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.settled import settled
+from verifier_service.step_tables.prior import read_prior
 from verifier_service.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -216,8 +217,14 @@ def _proposer(
         verifier_id=engine_id,
         max_draft_tokens=speculation.max_draft_tokens,
         soft_deadline_s=speculation.soft_deadline_s,
-        control=SpeculationControl(fuser.block_size - 1) if speculation.adaptive else None,
+        control=_control(settings, fuser.block_size) if speculation.adaptive else None,
     )
+
+
+def _control(settings: VerifierSettings, block_size: int) -> SpeculationControl:
+    speculation = settings.speculation
+    layers = read_target_config(settings.target).layers
+    return SpeculationControl(block_size - 1, read_prior(speculation.step_table, speculation.draft_table, layers))
 
 
 def _serve(engine: Engine, host: str, access: Access, on_ready: Callable[[str], None]) -> None:

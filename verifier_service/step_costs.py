@@ -1,10 +1,18 @@
-"""What steps cost, measured on the steps themselves and smooth in their size: pure policy, in seconds."""
+"""What steps cost, measured on the steps themselves and smooth in their size: pure policy, in seconds.
+
+Tables of steps that were measured before (StepPrior) are what it begins with, and give way to what is measured here.
+"""
 
 from __future__ import annotations
+
+from verifier_service.step_tables.prior import StepPrior
 
 WEIGHT = 0.1  # of a new sample, once there are ten
 SLOWEST_STEP, SLOWEST_WAIT = 2.0, 4.0  # times the usual: what takes longer counts as one of so many
 ROW_SHARE = 0.125  # of a plain step's share of one request, that a draft costs where nothing is measured yet
+
+PRIOR_SAMPLES = 2  # that a prior counts as; of plain steps, by which all gain and loss is told, it counts as none
+PRIOR_SIZES = tuple(1 << power for power in range(11))  # requests
 
 
 class Curve:
@@ -19,6 +27,7 @@ class Curve:
         self._slowest, self._from_zero = slowest, from_zero
         self._means: dict[int, list[float]] = {}  # octave -> [x, y, samples]
         self._line: list[list[float]] = []
+        self._expected = 0  # samples of each octave that are a prior's
 
     def add(self, x: float, y: float) -> None:
         mean = self._means.get(octave(x))
@@ -27,6 +36,9 @@ class Curve:
             self._line = [self._means[key] for key in sorted(self._means)]
             return
         mean[2] += 1
+        if mean[2] == 1:
+            mean[0], mean[1] = x, y
+            return
         weight = max(WEIGHT, 1 / mean[2])
         mean[0] += weight * (x - mean[0])
         if self._from_zero:
@@ -36,15 +48,27 @@ class Curve:
         else:
             mean[1] += weight * (min(y, self._slowest * mean[1]) - mean[1])
 
+    def begin(self, x: float, y: float, samples: int) -> None:
+        """What is expected of x's octave before anything is measured, which counts as so many samples; 0: as none, so
+        that the first one replaces it.
+        """
+        self._means[octave(x)] = [x, y, float(samples)]
+        self._line = [self._means[key] for key in sorted(self._means)]
+        self._expected = samples
+
     def samples(self, x: float) -> int:
-        """Of x's own octave."""
+        """Of x's own octave; of a prior too."""
         mean = self._means.get(octave(x))
         return 0 if mean is None else int(mean[2])
+
+    def measured(self, x: float) -> int:
+        """The same without those of a prior."""
+        return max(0, self.samples(x) - self._expected)
 
     @property
     def reach(self) -> float:
         """The largest x that was measured, about; 0 = none."""
-        return self._line[-1][0] if self._line else 0.0
+        return max((x for x, _, samples in self._line if samples > self._expected), default=0.0)
 
     def at(self, x: float) -> float:
         """y(x), 0 if nothing is measured. Beyond the last octave as between the last two; from one alone, as below."""
@@ -68,13 +92,16 @@ class Curve:
 class StepCosts:
     """plain: of a step without drafts, by requests. wait: to ask for so many requests' drafts and to wait for them.
 
-    loaded: plain steps that held prefill too, which stand in where there are no others.
+    loaded: plain steps that held prefill too, which stand in where there are no others. most: drafts of a request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int, prior: StepPrior | None = None) -> None:
+        self._prior = prior
         self._plain, self._loaded = Curve(SLOWEST_STEP), Curve(SLOWEST_STEP)
         self._extra: dict[int, Curve] = {}  # octave of requests -> seconds beyond plain, by drafts of all requests
         self.wait = Curve(SLOWEST_WAIT)
+        if prior is not None:
+            self._expect(prior, most)
 
     def plain_step(self, requests: int, seconds: float, prefilled: bool) -> None:
         (self._loaded if prefilled else self._plain).add(requests, seconds)
@@ -88,13 +115,14 @@ class StepCosts:
 
     def measured(self, requests: int) -> int:
         """Plain steps of about so many requests."""
-        return self._plain.samples(requests) or self._loaded.samples(requests)
+        return self._plain.measured(requests) or self._loaded.measured(requests)
 
     def plain(self, requests: int) -> float:
-        """0 = unknown."""
-        return (
-            self._plain.at(requests) if self._plain.samples(requests) or not self._loaded else self._loaded.at(requests)
-        )
+        """0 = unknown. As long as all that were measured held prefill, no more than a prior says."""
+        if self._plain.measured(requests) or not self._loaded:
+            return self._plain.at(requests)
+        loaded = self._loaded.at(requests)
+        return min(loaded, self._plain.at(requests)) if self._prior is not None else loaded
 
     def extra(self, requests: int, drafted: float) -> float:
         """Of so many drafts in all, beyond a plain step; where batches of this size had none, as in the nearest."""
@@ -116,6 +144,21 @@ class StepCosts:
     def forget_waits(self) -> None:
         """Another drafter."""
         self.wait = Curve(SLOWEST_WAIT)
+        if self._prior is not None:
+            self._expect_waits(self._prior)
+
+    def _expect(self, prior: StepPrior, most: int) -> None:
+        for requests in PRIOR_SIZES:
+            self._plain.begin(requests, prior.plain(requests), samples=0)
+            curve = self._extra[octave(requests)] = Curve(from_zero=True)
+            for drafts in (*(size for size in PRIOR_SIZES if size < most), most):
+                curve.begin(drafts * requests, prior.extra(requests, drafts * requests), PRIOR_SAMPLES)
+        self._expect_waits(prior)
+
+    def _expect_waits(self, prior: StepPrior) -> None:
+        for requests in PRIOR_SIZES:
+            if (seconds := prior.wait(requests)) is not None:
+                self.wait.begin(requests, seconds, PRIOR_SAMPLES)
 
 
 def octave(x: float) -> int:

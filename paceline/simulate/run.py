@@ -20,6 +20,7 @@ from verifier_service.proposers.face import Proposer
 from verifier_service.proposers.linked import LinkProposer
 from verifier_service.proposers.plain import NoProposer
 from verifier_service.scheduler import SchedulerLimits
+from verifier_service.step_tables.prior import StepPrior
 
 SPREAD = 0.5  # outputs are between so much shorter and longer than their mean, evenly
 FEATURE_BYTES = 4  # of a token in the simulated store: one float
@@ -28,7 +29,7 @@ FEATURE_BYTES = 4  # of a token in the simulated store: one float
 @dataclass(frozen=True)
 class Drafting:
     """What of a deploy file concerns drafts. slots: contexts of a drafter. feature_tokens: that the verifier's store
-    holds. most: drafts a request, None = block_size - 1.
+    holds. most: drafts a request, None = block_size - 1. prior: what the control begins with.
     """
 
     times: DraftTimes
@@ -41,6 +42,7 @@ class Drafting:
     hard_deadline_s: float
     most: int | None = None
     adaptive: bool = True
+    prior: StepPrior | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class _World:
             verifier_id=name,
             max_draft_tokens=drafting.most,
             soft_deadline_s=drafting.soft_deadline_s,
-            control=SpeculationControl(drafting.block_size - 1) if drafting.adaptive else None,
+            control=SpeculationControl(drafting.block_size - 1, drafting.prior) if drafting.adaptive else None,
             clock=lambda: self.time.now,
         )
 

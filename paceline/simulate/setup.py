@@ -14,6 +14,7 @@ from paceline.plan.times import DraftTimes
 from paceline.plan.timing import acceptance_rate
 from paceline.simulate.run import Drafting, Setup
 from verifier_service.scheduler import SchedulerLimits
+from verifier_service.step_tables.prior import read_prior
 
 
 @dataclass(frozen=True)
@@ -106,4 +107,5 @@ def _drafting(inputs: Inputs, draft: Draft, times: DraftTimes) -> Drafting:
         hard_deadline_s=verifier.link.hard_deadline_s,
         most=speculation.max_draft_tokens,
         adaptive=speculation.adaptive,
+        prior=read_prior(speculation.step_table, speculation.draft_table, inputs.target.config.layers),
     )

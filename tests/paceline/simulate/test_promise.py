@@ -11,7 +11,7 @@ import pytest
 
 from paceline.simulate.drafters import Fault
 from paceline.simulate.run import Load, simulate
-from tests.paceline.simulate.worlds import SETUP, LinearTarget, load
+from tests.paceline.simulate.worlds import DRAFTING, SETUP, LinearDrafter, LinearTarget, load, prior_of
 
 FAULTS = {
     "dies": Fault(dies_at=3.0),
@@ -49,6 +49,24 @@ def made(name: str) -> Load:
 def test_throughput_stays_at_plain_decodings_when_the_only_drafter(name, fault, plain):
     figures = simulate(SETUP_WITH_HOST, made(name), faults=[FAULTS[fault]])
     assert figures.tokens_per_s >= LEAST * plain[name]
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_a_prior_from_another_machine_costs_no_more(scale, plain):
+    """Drafts and steps ten times as fast, or as slow, as they are."""
+    setup = replace(SETUP_WITH_HOST, drafting=replace(DRAFTING, prior=prior_of(LinearTarget(), LinearDrafter(), scale)))
+    for name, fault in (("some requests", "is slow"), ("many requests", "drafts garbage")):
+        figures = simulate(setup, made(name), faults=[FAULTS[fault]])
+        assert figures.tokens_per_s >= LEAST * plain[name]
+    assert simulate(setup, made("one request")).tokens_per_s > 1.5 * plain["one request"]
+
+
+def test_with_a_prior_steps_beside_a_burst_of_prompts_do_not_pass_for_plain_ones():
+    prior = prior_of(LinearTarget(), LinearDrafter())
+    setup = replace(SETUP_WITH_HOST, drafting=replace(DRAFTING, prior=prior))
+    burst = load(32, tokens=3.0, seconds=SECONDS, prompt=512, output=128)
+    least = LEAST * simulate(setup, burst, drafters=0).tokens_per_s
+    assert simulate(setup, burst, faults=[FAULTS["is slow"]]).tokens_per_s >= least
 
 
 @pytest.mark.parametrize("name", ["one request", "some requests"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from paceline.plan.timing import acceptance_rate
 from paceline.simulate.run import Drafting, Load, Setup
 from verifier_service.scheduler import SchedulerLimits
+from verifier_service.step_tables.prior import StepPrior
+from verifier_service.step_tables.tables import DraftTable, VerifyTable
 
 BLOCK = 8
 
@@ -52,3 +54,20 @@ def load(concurrency: int | None = 1, tokens: float = 4.0, seconds: float = 5.0,
 
 def drafting(**changes) -> Setup:
     return replace(SETUP, drafting=replace(DRAFTING, **changes))
+
+
+def prior_of(target: LinearTarget, drafter: LinearDrafter, scale: float = 1.0) -> StepPrior:
+    """What tables of these would say, times `scale`."""
+    verify = [
+        {"requests": n, "rows": rows, "context": 8, "seconds": scale * target.step_s(n, n * rows, 8)}
+        for n in (1, 64)
+        for rows in (1, BLOCK)
+    ]
+    draft = [
+        {"contexts": n, "rows": rows, "window": 8, "seconds": scale * drafter.draft_s(n, rows, 8)}
+        for n in (1, 64)
+        for rows in (2, BLOCK)
+    ]
+    steps = VerifyTable.model_validate({"format": 1, "shape": "target", "layers": 1, "verify": verify})
+    drafts = DraftTable.model_validate({"format": 1, "shape": "drafter", "block_size": BLOCK, "draft": draft})
+    return StepPrior(steps, drafts, layers=1)
