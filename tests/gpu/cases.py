@@ -31,6 +31,7 @@ from tests.gpu.cases_head import head_cases
 from tests.gpu.cases_latent import latent_cases
 from tests.gpu.cases_linear import linear_cases
 from tests.gpu.cases_moe import moe_cases
+from tests.gpu.cases_prefill import prefill_cases
 from tests.gpu.cases_truncation import truncation_cases
 
 
@@ -72,6 +73,7 @@ def cases(machine: Machine) -> Iterator[Case]:
     yield from latent_cases(machine)
     yield from gate_cases(machine)
     yield from moe_cases(machine)
+    yield from prefill_cases(machine)
     yield from truncation_cases(machine)
 
 

@@ -29,6 +29,7 @@ KERNELS |= {"_race", "_finish", "_accept", "_verify_conv", "_convolve_tokens", "
 KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
 KERNELS |= {"_product", "_add"}
+KERNELS |= {"_solve_tiles", "_walk_tiles", "_read_tiles"}
 KERNELS |= {"_attend_latents", "_append_latents"}
 KERNELS |= {"_route", "_count", "_fill", "_gate_up", "_gate", "_down", "_combine"}
 KERNELS |= {"_survey", "_gather", "_threshold", "_collect", "_narrow"}

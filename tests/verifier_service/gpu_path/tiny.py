@@ -35,6 +35,7 @@ _HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
+    "linear_value_head_dim": 16,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3": {**_SMALL, "layer_types": ["full_attention"] * 2, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -156,13 +156,15 @@ class KernelExecutor:
             self._hidden.taps[: bucket.rows].copy_(made.taps)
 
     def _settle(self, plan: StepPlan, inputs: StepInputs) -> None:
-        """What happens before the forward: commits, checkpoints, block tables."""
+        """What happens before the forward: commits, checkpoints, block tables, empty states of new prompts."""
         if self._states is not None:
             self._states.settle(inputs.changing)
         if plan.new_blocks:
             self._tables.view(-1).index_copy_(0, inputs.changing.cells.long(), inputs.changing.blocks)
         if self._states is not None and plan.restored:
             self._states.restore(plan.restored)
+        if self._states is not None:
+            self._states.clear(chunk.slot for chunk in plan.prefill if chunk.start == 0)
 
     def _hidden_for(self, model: RankModel, rows: int) -> Hidden:
         return self._hidden_of(model.embedding.new_zeros(rows, model.embedding.shape[1]))

@@ -87,7 +87,6 @@ class KernelForward:
             latents=self._latents,
             states=self._states,
             verify=_verify_rows(inputs, work.verify, verified) if work.verify else None,
-            prefill=work.prefill,
             prefill_runs=prefill_runs(work.prefill, work.verify, inputs.slots, starts) if work.prefill else (),
         )
         output, residual = self._embedding.index_select(0, places.token_ids), None

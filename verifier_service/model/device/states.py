@@ -5,6 +5,7 @@ What is left for other launches, of all layers at once: blocks that no verify go
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,12 @@ class KernelStates(RecurrentStates):
     def kept(self, layer: int) -> KeptDelta:
         """Of one layer."""
         return KeptDelta(self.kept_keys[layer], self.kept_decay[layer], self.kept_corrected[layer])
+
+    def clear(self, slots: Iterable[int]) -> None:
+        """Their states become those of no token."""
+        for slot in slots:
+            self.conv[:, slot].zero_()
+            self.memory[:, slot].zero_()
 
     def settle(self, inputs: ChangingInputs[torch.Tensor]) -> None:
         """Advance the states that no verify row will, and save those that become checkpoints.

@@ -48,7 +48,7 @@ class PrefillRun:
 @dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; caches and latents by layer; prefill_runs: all of `prefill`, in order.
+    no padding; caches and latents by layer; prefill_runs: all prefill chunks, in order.
     """
 
     cos: torch.Tensor
@@ -60,7 +60,6 @@ class DeviceStep:
     latents: dict[int, LatentTensors]
     states: KernelStates | None
     verify: StateRows | None
-    prefill: tuple[PrefillPart, ...]
     prefill_runs: tuple[PrefillRun, ...]
 
 
