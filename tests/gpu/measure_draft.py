@@ -1,4 +1,4 @@
-"""Time draft steps of a drafter in the shape of Qwen3-8B's, on the kernels and on torch's operations.
+"""Time draft steps of drafters in the shape of Qwen3-8B's, DFlash and DFlash 2, on kernels and torch's operations.
 
 python -m tests.gpu.measure_draft OUT
 
@@ -24,11 +24,13 @@ from drafter_service.blocks import BlockDrafter, BlockDrafting
 from drafter_service.context import ContextTable
 from drafter_service.loading import LoadedDrafter
 from tests.gpu.measure_kernels import NO_DEVICE, circumstances, copy_bandwidth, why_not, write_report
-from tests.gpu.random_drafter import QWEN3_8B, DrafterShape, random_drafter
+from tests.gpu.random_drafter import QWEN3_8B, QWEN3_8B_SECOND, DrafterShape, random_drafter
 
+SHAPES = {"qwen3-8b-dflash": QWEN3_8B, "qwen3-8b-dflash2": QWEN3_8B_SECOND}
 COMMITTED = 5  # tokens that a request commits between two drafts
 SHORTER = (2, 4, 8)  # rows a block, beside whole blocks
 LEAST_AGREEMENT = 0.5  # random logits lie so close together that rounding changes some of the tokens
+LEAST_AGREEMENT_SECOND = 0.2  # and with a selector, each that is changed changes those behind it
 USABLE = 0.9  # share of the free memory that contexts may take
 
 
@@ -39,7 +41,7 @@ class DraftStep:
     torch, agreement: the same step with torch's operations, and how many of the tokens are the same; None where that
     does not fit into memory. weights_floor: reading layers and head once; floor: contexts too; both at the copy
     bandwidth. inject: of COMMITTED tokens' features for every request. shorter: the same draft with fewer rows a block,
-    by their number.
+    by their number. second: of DFlash 2, convolutions, candidates and selector included.
     """
 
     batch: int
@@ -51,10 +53,12 @@ class DraftStep:
     floor: float
     inject: float
     shorter: dict[int, float] = field(default_factory=dict)
+    second: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.agreement is None or self.agreement >= LEAST_AGREEMENT
+        least = LEAST_AGREEMENT_SECOND if self.second else LEAST_AGREEMENT
+        return self.agreement is None or self.agreement >= least
 
 
 def main(arguments: list[str]) -> int:
@@ -66,11 +70,15 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m tests.gpu.measure_draft OUT", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    rate, steps = copy_bandwidth(), []
-    for context in (2048, 32_768):
-        steps += measure(QWEN3_8B, context, (1, 4, 16, 64), torch.bfloat16, "cuda", rate)
+    rate = copy_bandwidth()
+    steps: list[DraftStep] = []
+    for name, shape in SHAPES.items():
+        own: list[DraftStep] = []
+        for context in (2048, 32_768):
+            own += measure(shape, context, (1, 4, 16, 64), torch.bfloat16, "cuda", rate)
+        write_table(Path(arguments[0]), name, shape.block_size, own, circumstances(rate))
+        steps += own
     write(Path(arguments[0]), steps, rate)
-    write_table(Path(arguments[0]), "qwen3-8b-dflash", QWEN3_8B.block_size, steps, circumstances(rate))
     return 0 if all(step.passed for step in steps) else 1
 
 
@@ -116,7 +124,8 @@ def measure(
         for rows in (rows for rows in SHORTER if rows < shape.block_size):
             cut = [replace(block, rows=rows) for block in blocks]
             shorter[rows] = _median_ms(partial(drafter.draft, cut, range(batch)), repeats)[0]
-        steps.append(DraftStep(batch, context, draft, torch_ms, agreement, weights, weights + contexts, 0.0, shorter))
+        floor, second = weights + contexts, shape.second is not None
+        steps.append(DraftStep(batch, context, draft, torch_ms, agreement, weights, floor, 0.0, shorter, second))
     # Only now: appends change what the drafts are made from
     steps = [replace(step, inject=_inject_ms(drafter, loaded, table, step.batch, repeats)) for step in steps]
     print(*map(_row, steps), sep="\n", flush=True)
@@ -175,18 +184,20 @@ def _row(step: DraftStep) -> str:
         *(step.draft, step.weights_floor, step.floor, step.draft / step.weights_floor, step.draft / step.floor),
         step.inject,
     )
-    cells = [str(step.batch), str(step.context), plain, agreement, *(f"{figure:.2f}" for figure in figures)]
+    cells = ["DFlash 2" if step.second else "DFlash", str(step.batch), str(step.context), plain, agreement]
+    cells += (f"{figure:.2f}" for figure in figures)
     return f"| {' | '.join(cells)} |"
 
 
 def write(out: Path, steps: Sequence[DraftStep], rate: float) -> None:
     lines = [
-        "Random weights in the shape of Qwen3-8B's drafter (5 layers, block 16, bfloat16). Medians in milliseconds of",
+        "Random weights in the shape of Qwen3-8B's drafters (5 layers, block 16, bfloat16). Medians in milliseconds of",
         "host time. Floors: weights (and contexts) read once at the copy bandwidth. Same: share of the tokens on which",
         f"kernels and torch's operations agree. Inject: {COMMITTED} tokens' context KV for each request.",
         "",
-        "| batch | context | torch | same | draft | weights floor | floor | draft / weights | draft / floor | inject |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| drafter | batch | context | torch | same | draft | weights floor | floor | draft / weights | draft / floor "
+        "| inject |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, steps),
     ]
     record = {"steps": [asdict(step) for step in steps]}

@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from modeling.dflash_config import DFlash2
 from tests.gpu.measure_draft import measure, write, write_table
 from tests.gpu.random_drafter import DrafterShape
 from verifier_service.step_tables.tables import read_draft_table
@@ -15,9 +17,14 @@ from verifier_service.step_tables.tables import read_draft_table
 TINY = DrafterShape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocabulary=60, block_size=4)
 
 
-def test_a_tiny_drafter_is_measured_and_drafts_what_torch_drafts(tmp_path: Path):
-    (step,) = measure(TINY, 20, (2,), torch.float32, "cpu", rate=1e9, repeats=1)
+SHAPES = {"DFlash": TINY, "DFlash 2": replace(TINY, layers=1, second=DFlash2(2, 4, 8, 5))}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_tiny_drafter_is_measured_and_drafts_what_torch_drafts(tmp_path: Path, name: str):
+    (step,) = measure(SHAPES[name], 20, (2,), torch.float32, "cpu", rate=1e9, repeats=1)
     assert (step.batch, step.context, step.agreement) == (2, 20, 1.0)
+    assert step.second == (name == "DFlash 2")
     assert 0 < step.weights_floor < step.floor < step.draft
     write(tmp_path, [step, replace(step, agreement=0.1)], 1e9)
     lines = (tmp_path / "draft.md").read_text().splitlines()
