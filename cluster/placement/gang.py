@@ -12,6 +12,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.errors import PacelineError
 from cluster.placement.process import Main, service_actor
 
+START_SILENCE_S = 30.0  # of a process that loads: longer than it may be kept from answering, as by an import
+START_PING_S = 2.0
+
 
 class GangError(PacelineError):
     """A member did not start, died or stopped answering; names the rank and why."""
@@ -50,18 +53,27 @@ class Gang:
         return await self._within(asyncio.gather(first.host.remote(), first.free_port.remote()), timeout_s, 0)
 
     async def start(self, main: Callable[[int], Main], timeout_s: float) -> list[str]:
-        """Run main(rank) everywhere; what each reported when ready. Raises GangError as soon as any fails."""
+        """Run main(rank) everywhere; what each reported when ready.
+
+        Raises GangError as soon as any fails, or has answered nothing for START_SILENCE_S once it lives.
+        """
         self._runs = [process.run.remote(main(rank)) for rank, process in enumerate(self._processes)]
         ready = asyncio.gather(*(self._ready(rank, timeout_s) for rank in range(len(self._processes))))
         ended = asyncio.ensure_future(self.ended())
+        watches = [asyncio.ensure_future(self._awake(rank, timeout_s)) for rank in range(len(self._processes))]
+        tasks: list[asyncio.Future[Any]] = [ready, ended, *watches]
         try:
-            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if ended.done() and not ready.done():
                 raise GangError(ended.result())
+            if not ready.done():
+                for watch in watches:
+                    if watch.done():
+                        watch.result()
             return list(await ready)
         finally:
-            ready.cancel()
-            ended.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def ended(self) -> str:
         """Waits until any member's main function is over, whatever the cause: which rank, and why."""
@@ -82,6 +94,14 @@ class Gang:
     def kill(self) -> None:
         for process in self._processes:
             ray.kill(process, no_restart=True)
+
+    async def _awake(self, rank: int, timeout_s: float) -> None:
+        """Until it answers nothing any more: a process that is stopped would be waited for until it has to be ready."""
+        silence_s = timeout_s  # it may still have to be placed
+        while True:
+            await self._within(self._processes[rank].ping.remote(), silence_s, rank)
+            silence_s = START_SILENCE_S
+            await asyncio.sleep(START_PING_S)
 
     async def _ready(self, rank: int, timeout_s: float) -> str:
         return await self._within(self._processes[rank].ready.remote(timeout_s), timeout_s + 5, rank)

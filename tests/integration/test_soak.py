@@ -77,10 +77,10 @@ def test_ten_minutes_of_drafter_deaths_and_stalls_change_no_text(app: Served) ->
 
 def another_drafter(app: Served, lost: str) -> str:
     """Id of the linked drafter, once it is not the lost one any more: the verifier may not have noticed yet, and a
-    drafter that stalls while it starts is replaced after start_timeout_s only."""
+    drafter that stalls while it starts is replaced after gang.START_SILENCE_S."""
 
     def linked() -> str:
         status = app.status()
         return status.drafter_id if status.linked and status.drafter_id != lost else ""
 
-    return eventually(linked, 90, lambda: f"no drafter is linked: {app.status()}")
+    return eventually(linked, 120, lambda: f"no drafter is linked: {app.status()}")
