@@ -46,8 +46,10 @@ def check_outputs(got, mixed, weight, before) -> None:
 
 
 @WAYS
-def test_a_verify_is_torchs_grouped_convolution_behind_what_stands_which_reaches_the_states(way):
+@pytest.mark.parametrize("standing", [STANDING, (1, 0, 0, 0)])
+def test_a_verify_is_torchs_grouped_convolution_behind_what_stands_which_reaches_the_states(way, standing):
     mixed, weight, state, slots, kept, rows = a_batch()
+    rows = rows._replace(standing=ints(*standing))
     before, room = histories(state, slots, kept, rows), kept.clone()
     want = state.clone()
     for row, slot in enumerate(slots.tolist()):
