@@ -51,12 +51,11 @@ def measured_memory(
     block_bytes = executor.cache_bytes // steps.blocks
     executor.execute(steps.tables(), (), None)
     ready = meter.held()
-    kept = None  # the engine reads a step after it has launched the next
+    output = None
     for plan in steps.plans():
-        output = executor.execute(plan, taps, None)
+        output = executor.execute(plan, taps, None)  # beside the one before: the engine reads a step that late
         _take_tokens(output)
-        kept = output
-    del kept, output
+    del output
     step = meter.peak() - ready
     graphs = executor.rehearse()
     graph_bytes = graphs * GRAPH_BYTES + meter.peak() - ready if graphs else 0
