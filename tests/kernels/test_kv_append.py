@@ -75,10 +75,8 @@ def test_a_padding_token_is_not_stored(way):
 def test_an_fp8_cache_gets_what_the_verifiers_own_cache_holds(way):
     query, key, value, cos, sin, keys, values = a_step(rotary=24)
     value = value * torch.tensor([1.0, 300.0, 1e-6, 0.0])[:, None, None]
-    if way is kernel:  # numbers and scales that need no rounding: Triton's interpreter does not round as a device does
-        steps = torch.tensor([1.0, 8.0, 0.125, 0.0])[:, None, None]
-        key, value = (x.to(torch.float8_e4m3fn).float().index_fill(2, torch.tensor([5]), 448.0) for x in (key, value))
-        key, value = key * 0.125, value * steps
+    if way is kernel:  # numbers that need no rounding: Triton's interpreter loses the carry when it rounds to fp8
+        key, value = (x.clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.125 for x in (key, value))
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     rows = torch.tensor([17, 3, 0, 8])
     own: Any = KvStorage(5, 4, "float8_e4m3", torch.float32, "cpu").layers({0: (2, 24)})[0]
