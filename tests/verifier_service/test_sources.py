@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from cluster.contracts import EngineRequest
 from cluster.link.messages import DraftAsk
 from tests.verifier_service.test_engine import MODEL, Inbox, make_engine, request, running
-from tests.verifier_service.test_linked import CheckedLink, linked
-from verifier_service.proposers.sources import ClosedSources, Source, best_source
+from tests.verifier_service.test_linked import CheckedLink, TapFuser, linked
+from verifier_service.features import FeatureStore
+from verifier_service.proposers.contexts import Contexts
+from verifier_service.proposers.sources import MOST, ClosedSources, Source, best_source
+from verifier_service.sequence import Progress, RunningRequest
 
 __all__ = ["running"]
 PREFIX, OWN, OUTPUT, BLOCK_TOKENS = 24, 5, 16, 4
@@ -88,3 +93,31 @@ def test_the_last_contexts_that_were_closed_are_known_by_the_blocks_that_were_se
     closed.begin(0)
     closed.add(source("one", 0, 4, b"a"), BLOCK_TOKENS)
     assert closed.all() == []
+
+
+def test_a_drafter_that_claims_endless_room_does_not_make_closed_contexts_pile_up():
+    closed = ClosedSources()
+    closed.begin(1 << 60)
+    for number in range(MOST + 2):
+        closed.add(source(str(number), 0, 4, b"a"), BLOCK_TOKENS)
+    assert len(closed.all()) == MOST
+
+
+def test_a_request_that_comes_to_a_new_proposer_within_a_block_shares_nothing_of_that_block():
+    """Another's first tokens are the same up to the block's beginning only."""
+    link = CheckedLink(window=64, capacity=8)
+    contexts = Contexts(link, TapFuser(), FeatureStore(1 << 14, BLOCK_TOKENS, 2), "v", 64)
+    contexts.new_epoch(link.state)
+
+    def step(name: str, start: int, tokens: list[int]) -> None:
+        sequence = RunningRequest(EngineRequest(name, tuple(tokens), 1, 8), (0, 0))
+        sequence.hashes = [bytes(tokens[: end + BLOCK_TOKENS]) for end in range(0, len(tokens) - 3, BLOCK_TOKENS)]
+        progress = [Progress(sequence, 0, start, len(tokens) - start)]
+        taps = torch.tensor([[at, token] for at, token in enumerate(tokens)][start:], dtype=torch.float32)
+        contexts.take(contexts.of(progress), progress, taps, True)
+        contexts.catch_up()
+
+    step("one", 0, [1, 2, 3, 4, 5, 6, 7, 8])
+    step("other", 6, [1, 2, 3, 4, 9, 9, 9, 9])
+    assert link.shared == 0
+    assert link.contexts["v/other/0"] == {6: 9, 7: 9}

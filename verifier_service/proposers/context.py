@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.link.messages import DraftAsk
+from verifier_service.block_hashes import BlockHash
 from verifier_service.control import Trust
 from verifier_service.feature_pages import PageTable
 from verifier_service.proposers.sources import Source
@@ -39,6 +40,11 @@ class Context:
     def missing(self) -> int:
         """Tokens whose features would have to be sent before an ask."""
         return self.sequence.computed - self.sent
+
+    def has(self, block: int, name: BlockHash) -> bool:
+        """Whether features of the request's block of this number and name may have been sent."""
+        hashes = self.sequence.hashes
+        return self.sent > 0 and block < len(hashes) and hashes[block] == name
 
     def as_source(self, window: int) -> Source:
         """What the drafter holds of it, for others to share."""

@@ -273,8 +273,10 @@ class Contexts:
         return max(start, context.sent)
 
     def _find(self, context: Context, start: int) -> None:
-        """A request that nothing is held of goes on at `start`, a block boundary: after a prefix hit."""
+        """A request that nothing is held of goes on at `start`: at a block boundary, after a prefix hit."""
         sequence, pages = context.sequence, self._store.pages
+        if start % pages.page_tokens:  # it has run before, under a proposer that failed
+            return
         wanted = start - max(len(sequence.tokens) - self._window, 0)
         found = wanted > 0 and pages.adopt(context.table, sequence.hashes[: start // pages.page_tokens], wanted)
         if found:
@@ -324,7 +326,7 @@ class Contexts:
             return
         block = context.hit // self._block_tokens - 1
         name = context.sequence.hashes[block]
-        others = [each.as_source(self._window) for each in self._held.values() if each.placed and each.sent]
+        others = [each.as_source(self._window) for each in self._held.values() if each.placed and each.has(block, name)]
         source = best_source([*others, *self._closed.all()], block, name, context.hit, self._block_tokens)
         if source is None:
             return

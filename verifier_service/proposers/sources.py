@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from verifier_service.block_hashes import BlockHash
 
+MOST = 1024  # closed contexts that are remembered, whatever room a drafter says it has
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -35,7 +37,7 @@ class ClosedSources:
 
     def begin(self, most: int) -> None:
         """Another drafter, or another epoch."""
-        self._most = most
+        self._most = min(most, MOST)
         self._sources.clear()
 
     def add(self, source: Source, block_tokens: int) -> None:
