@@ -112,7 +112,7 @@ class Replay:
             tuple(PrefillChunk(row.request, row.start, row.token_ids, row.completes_prompt) for row in prefill),
         )
         assert output.logits is not None, "the only rank is the first"
-        sampled = self._sampled([*verify, *prefill])
+        sampled = self._sampled([*verify, *prefill], step.samples)
         constrained = [rows for rows in sampled if rows.sequence.request.grammar is not None]
         masks = self._masks.start(constrained)() if constrained else NO_MASKS
         tokens = sample(output.logits, draws_of(sampled, masks)) if output.logits.shape[0] else []
@@ -129,20 +129,24 @@ class Replay:
                             Difference(step.step, *rows.sequence.key, position, recorded[row], tokens[row], gap)
                         )
         self._commit(verify, prefill, recorded if recorded is not None else tokens)
-        return Replayed(step.step, 0 if recorded is None else len(recorded), tuple(differences))
+        compared = 0 if recorded is None else sum(rows.count for rows in sampled)
+        return Replayed(step.step, compared, tuple(differences))
 
     def _known(self, row: FlightRow) -> FlightRow:
         """A row whose token nobody had read begins with the one that the replay took; where that is none, with 0, as
         the engine has it."""
         return row if row.token_ids[0] >= 0 else replace(row, token_ids=(max(0, self._taken[row.request]),))
 
-    def _sampled(self, rows: list[FlightRow]) -> list[SampledRows]:
+    def _sampled(self, rows: list[FlightRow], recorded: Sequence[int] | None) -> list[SampledRows]:
+        """Without those that came to nothing, their request being over: how their tokens were taken is not known."""
         found, at = [], 0
         for row in rows:
             count = len(row.token_ids) if row.verify else int(row.completes_prompt)
-            if count:
-                end = row.start + (1 if row.verify else len(row.token_ids))  # one past the last token that is certain
-                sequence = self._as_it_was(self._flight.requests[row.request], end)
+            end = row.start + (1 if row.verify else len(row.token_ids))  # one past the last token that is certain
+            request = self._flight.requests[row.request]
+            in_vain = recorded is not None and count > 0 and end >= len(request.token_ids) and recorded[at] >= 0
+            if count and not in_vain:
+                sequence = self._as_it_was(request, end)
                 found.append(SampledRows(sequence, at, count, end, row.token_ids[1:] if row.verify else ()))
             at += count
         return found

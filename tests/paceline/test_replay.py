@@ -162,6 +162,30 @@ def test_chunks_of_one_prompt_in_one_step_go_on_from_each_other(tmp_path):
     assert all(step.error is None and not step.differences for step in steps)
 
 
+def test_rows_that_came_to_nothing_are_not_compared(tmp_path):
+    """Launched before it was known that their requests were over: the engine had no use for a token of theirs."""
+    recorder = FlightRecorder(tmp_path, "e", FlightTarget("t", "f", "float32", 1, BLOCK))
+    limits = SchedulerLimits(slots=4, blocks=40, block_tokens=BLOCK, step_tokens=24, max_waiting=9)
+    info = EngineInfo("e", "f", 128, 64, 4, 8)
+    engine, inbox = Engine(FakeRunner(4, 40, BLOCK), limits, info, recorder=recorder, runs_ahead=True), Inbox()
+    names = [f"r{i}" for i in range(8)]
+    engine.submit(request("long", output=60), inbox)
+    for i, name in enumerate(names):
+        stops, penalised = frozenset(range(0, 64, 7)), SamplingParams(frequency_penalty=1.5, presence_penalty=1.5)
+        engine.submit(request(name, 3 + i, 40, stop_token_ids=stops, sampling=penalised), inbox)
+    engine.start()
+    inbox.wait("long", *names)
+    engine.stop()
+    path = recorder.write("to see what it did")
+    assert path is not None
+    flight = read_flight(path)
+    slots, blocks, _ = sizes(flight)
+    steps = list(Replay(flight, FakeRunner(slots, blocks, BLOCK)).steps())
+    assert all(step.error is None and not step.differences for step in steps)
+    recorded = sum(len(step.samples or ()) for step in flight.steps)
+    assert recorded - sum(step.compared for step in steps) == engine.status().counters["rows_in_vain"] > 0
+
+
 def test_what_is_no_record_is_refused(record, tmp_path, capsys):
     (tmp_path / "x.flight").write_bytes(b"\x93abc")
     assert run(tmp_path / "x.flight", capsys)[0] == 2
