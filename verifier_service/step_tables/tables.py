@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +18,12 @@ MEASURE = {
     "verify": "python -m tests.gpu.measure_steps (or paceline bench steps)",
     "draft": "python -m tests.gpu.measure_draft (or paceline bench steps)",
 }
+MOST_COUNT = 1 << 31  # of anything that is counted here
+MOST_SECONDS = 3600.0  # of a step
+MOST_POINTS = 50_000  # that the axes of a table span, measured or not: read in under a second
+
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS, allow_inf_nan=False)]
 
 
 class _Read(BaseModel):
@@ -26,10 +33,10 @@ class _Read(BaseModel):
 class VerifyStep(_Read):
     """`requests` verify rows of `rows` tokens each, bonus token and drafts, the last at position context - 1."""
 
-    requests: int = Field(ge=1)
-    rows: int = Field(ge=1)
-    context: int = Field(ge=1)
-    seconds: float = Field(gt=0, allow_inf_nan=False)
+    requests: Count
+    rows: Count
+    context: Count
+    seconds: Seconds
 
 
 class DraftStep(_Read):
@@ -38,11 +45,11 @@ class DraftStep(_Read):
     inject_seconds: of a few new tokens' context KV for each of them, which comes with every step.
     """
 
-    contexts: int = Field(ge=1)
-    rows: int = Field(ge=2)
-    window: int = Field(ge=1)
-    seconds: float = Field(gt=0, allow_inf_nan=False)
-    inject_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    contexts: Count
+    rows: int = Field(ge=2, le=MOST_COUNT)
+    window: Count
+    seconds: Seconds
+    inject_seconds: float = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
 
 
 class _Table(_Read):
@@ -67,13 +74,13 @@ class VerifyTable(_Table):
     """
 
     clock: Literal["device", "engine"] = "device"
-    ranks: int = Field(1, ge=1)
-    layers: int = Field(ge=1)
+    ranks: int = Field(1, ge=1, le=MOST_COUNT)
+    layers: Count
     verify: tuple[VerifyStep, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _smallest_is_there(self) -> VerifyTable:
-        _check_smallest("verify", ("requests", "rows", "context"), self._points)
+    def _points_make_a_grid(self) -> VerifyTable:
+        _check_points("verify", ("requests", "rows", "context"), self._points)
         return self
 
     def step_s(self, requests: float, rows: float, context: float) -> float:
@@ -105,12 +112,12 @@ class DraftTable(_Table):
     """
 
     clock: Literal["device", "link"] = "device"
-    block_size: int = Field(ge=2)
+    block_size: int = Field(ge=2, le=MOST_COUNT)
     draft: tuple[DraftStep, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _smallest_is_there(self) -> DraftTable:
-        _check_smallest("draft", ("contexts", "rows", "window"), self._points)
+    def _points_make_a_grid(self) -> DraftTable:
+        _check_points("draft", ("contexts", "rows", "window"), self._points)
         return self
 
     def check_block(self, block_size: int, name: str) -> None:
@@ -155,7 +162,7 @@ def _read(path: Path, kind: type[_Kind], wanted: str, other: str) -> _Kind:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}: {MEASURE[wanted]} writes such a table") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}): {MEASURE[wanted]} writes such a table") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold an object with the key {wanted!r}; see deploy/steps/README.md")
@@ -176,7 +183,13 @@ def _explained(problem: Mapping[str, Any]) -> str:
     return f"{where} is {problem['input']!r}: {message}"
 
 
-def _check_smallest(key: str, names: Sequence[str], points: Mapping[Point, float]) -> None:
+def _check_points(key: str, names: Sequence[str], points: Mapping[Point, float]) -> None:
+    spanned = math.prod(len(set(values)) for values in zip(*points))
+    if spanned > MOST_POINTS:
+        raise ValueError(
+            f"{key} has so many different values of {', '.join(names)} that they span {spanned} steps, more than "
+            f"{MOST_POINTS}: measure steps that share their values"
+        )
     least = smallest(points)
     if least not in points:
         shown = ", ".join(f"{name} {value}" for name, value in zip(names, least))

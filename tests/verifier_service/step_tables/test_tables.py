@@ -76,6 +76,13 @@ def test_a_table_of_the_other_kind_is_named_as_such(tmp_path):
             r"verify lacks the smallest step of all, requests 1, rows 1, context 64",
         ),
         ("{", r"table\.json is not JSON"),
+        ("[" * 100_000, r"table\.json is not JSON"),
+        ({**VERIFY, "verify": [STEP, {**STEP, "requests": 10**400}]}, r"verify\.1\.requests is 10+: Input should"),
+        ({**VERIFY, "verify": [{**STEP, "seconds": 1e308}]}, r"verify\.0\.seconds is 1e\+308: Input should be less"),
+        (
+            {**VERIFY, "verify": [dict.fromkeys(STEP, at) for at in range(1, 41)]},
+            r"verify has so many different values of requests, rows, context that they span 64000 steps",
+        ),
         ([], r"must hold an object with the key 'verify'"),
     ],
 )
