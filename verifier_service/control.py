@@ -98,6 +98,8 @@ class SpeculationControl:
         self._plan = _Plan()
         self._active = False  # drafting, or probing whether to draft
         self._earned = 0.0  # plain steps' time, since then
+        self._probe_only = False  # since then, no drafts but those of a probe
+        self._rows = 0  # drafts of the last step that had any
         self._probing = 0  # asks left whatever they promise
         self._probe_at, self._pause = 0, FIRST_PAUSE
         self._asked = 0
@@ -127,9 +129,10 @@ class SpeculationControl:
         self._plan = self._planned(requests, requests if willing is None else max(willing, 1))
         if self._plan.worth >= (STAY if self._active else START) and self._allowance.left > 0:
             return self._draft(size, willing)
-        self._stop()
+        self._stop(requests)
         if self._choices >= self._probe_at:
-            self._active, self._probing = True, max(PROBE_LEAST, PROBE_ROWS // requests)
+            self._active = self._probe_only = True
+            self._probing = max(PROBE_LEAST, PROBE_ROWS // requests)
             while len(self._answers) > KEPT:
                 self._answers.popleft()
             self.ask_at_most = PROBE_REQUESTS
@@ -204,6 +207,7 @@ class SpeculationControl:
         if not drafted:
             costs.plain_step(requests, seconds, prefilled)
         elif plain:
+            self._rows = drafted
             extra = (
                 costs.extra(requests, drafted) if prefilled else costs.drafted_step(requests, drafted, seconds) - plain
             )
@@ -229,7 +233,7 @@ class SpeculationControl:
         return next((right for limit, _, right in self._surveyed() if limit <= least), 0.0)
 
     def _draft(self, size: _Size, willing: int | None) -> int:
-        self._active = True
+        self._active, self._probe_only = True, False
         size.since_plain += 1
         if size.since_plain >= (PLAIN_OFTEN if self._plan.worth < OFTEN_BELOW else PLAIN_EVERY):
             size.since_plain = 0
@@ -239,9 +243,11 @@ class SpeculationControl:
         self.ask_at_most = max(PROBE_REQUESTS, int(2 * self._costs.wait.reach))
         return min(self.most, int(self._deepest) + 2)
 
-    def _stop(self) -> None:
+    def _stop(self, requests: int) -> None:
         """Drafting does not pay now. When is it probed again?"""
         if self._active:
+            if self._probe_only and self._earned > 0:  # of few requests it does: nothing else would tell that all would
+                self._costs.doubt(requests, min(PROBE_REQUESTS, requests), self._rows)
             self._pause = FIRST_PAUSE if self._earned > 0 else min(2 * self._pause, LONGEST_PAUSE)
             self._probe_at = self._choices + self._pause
             self._active, self._earned = False, 0.0

@@ -56,6 +56,20 @@ class Curve:
         self._line = [self._means[key] for key in sorted(self._means)]
         self._expected = samples
 
+    def doubt(self, x: float) -> None:
+        """What is known of larger x goes half of the way down to what x, measured just now, says of them; and weighs
+        little.
+
+        In proportion for differences; otherwise that they take no longer.
+        """
+        base = self._means.get(octave(x))
+        if base is None:
+            return
+        for key, mean in self._means.items():
+            likely = max(0.0, base[1] * mean[0] / base[0]) if self._from_zero else base[1]
+            if key > octave(x) and mean[1] > likely:
+                mean[1], mean[2] = (mean[1] + likely) / 2, min(mean[2], self._expected + 2.0)
+
     def samples(self, x: float) -> int:
         """Of x's own octave; of a prior too."""
         mean = self._means.get(octave(x))
@@ -140,6 +154,12 @@ class StepCosts:
         if not self.wait.samples(fewer):
             return self.wait.at(asked) / asked / 2
         return max(0.0, self.wait.at(asked) - self.wait.at(fewer)) / (asked - fewer)
+
+    def doubt(self, requests: int, asked: int, drafted: int) -> None:
+        """So many asks and drafts paid just now: what larger ones cost was measured long ago, if they seem not to."""
+        self.wait.doubt(asked)
+        if (extra := self._extra.get(octave(requests))) is not None:
+            extra.doubt(drafted)
 
     def forget_waits(self) -> None:
         """Another drafter."""

@@ -12,6 +12,7 @@ from verifier_service.control import (
     FIRST_PAUSE,
     PLAIN_FIRST,
     PROBE_LEAST,
+    PROBE_REQUESTS,
     PROBE_ROWS,
     SpeculationControl,
     Trust,
@@ -29,8 +30,10 @@ def warmed(requests: int = 1) -> SpeculationControl:
     return control
 
 
-def ask(control: SpeculationControl, requests: int, right: float, wait: float = 0.1, sure: float = 0.9) -> int:
-    """One step: choose, ask, verify; each draft costs 0.01 s. Drafts asked for of each request."""
+def ask(
+    control: SpeculationControl, requests: int, right: float, wait: float = 0.1, sure: float = 0.9, each: float = 0.01
+) -> int:
+    """One step: choose, ask, verify; each draft costs `each` s. Drafts asked for of each request."""
     drafts = control.choose(requests)
     asked = min(requests, control.ask_at_most) if drafts else 0
     drafted = accepted = 0
@@ -41,7 +44,7 @@ def ask(control: SpeculationControl, requests: int, right: float, wait: float = 
         for trust, answer, count in zip(trusts, answers, kept):
             control.verified(trust, answer[:count], count, int(right * count))
         drafted, accepted = sum(kept), sum(int(right * count) for count in kept)
-    control.step(requests, drafted, accepted, 1.0 + 0.01 * drafted)
+    control.step(requests, drafted, accepted, 1.0 + each * drafted)
     return drafts
 
 
@@ -174,6 +177,33 @@ def test_one_very_late_answer_does_not_end_drafting():
         ask(control, 1, right=1.0)
     ask(control, 1, right=1.0, wait=1000.0)
     assert sum(ask(control, 1, right=1.0) > 0 for _ in range(10)) >= 9
+
+
+@pytest.mark.parametrize("requests", [16, 256])
+def test_a_drafter_that_was_slow_for_a_while_is_asked_for_all_again(requests):
+    """Probes ask for few: what asking for all takes is known from the time when it was slow."""
+    control = warmed(requests)
+    for wait, steps in ((0.05, 600), (10.0, 200), (0.05, 1000)):
+        for _ in range(steps):
+            ask(control, requests, 1.0, wait, each=0.0005)
+    asked = [(ask(control, requests, 1.0, 0.05, each=0.0005), control.ask_at_most) for _ in range(100)]
+    assert sum(drafts > 0 and most >= requests for drafts, most in asked) > 90
+
+
+def test_a_drafter_that_is_slow_only_for_many_costs_no_more_than_the_account_has():
+    requests, lost = 32, 0.0
+    control = warmed(requests)
+    for _ in range(4000):
+        drafts = control.choose(requests)
+        asked = min(requests, control.ask_at_most) if drafts else 0
+        wait, drafted = (50.0 if asked > PROBE_REQUESTS else 0.01) if asked else 0.0, 0
+        if asked:
+            drafted = sum(control.kept([Trust() for _ in range(asked)], [(0.9,) * drafts] * asked))
+            control.waited(requests, asked, wait)
+            control.verified(Trust(), (0.9,) * drafts, drafts, drafts)
+        control.step(requests, drafted, drafted, 1.0)
+        lost += wait - drafted / requests
+    assert lost < 150
 
 
 def test_a_wait_is_no_longer_than_drafts_can_be_worth():
