@@ -76,6 +76,7 @@ POLICY = (
     "verifier_service/model/device/buckets.py",
     "verifier_service/model/kernel_path.py",
     "verifier_service/model/largest_steps.py",
+    "verifier_service/model/latent_shape.py",
     "verifier_service/model/memory_room.py",
     "verifier_service/allowance.py",
     "verifier_service/calibration.py",

@@ -33,10 +33,13 @@ class Tiling:
 
 
 def tiling(head_dim: int, group: int, longest_block: int) -> Tiling:
-    """Depends on the model alone, never on the batch: that is what makes results independent of it."""
+    """Depends on the model alone, never on the batch: that is what makes results independent of it.
+
+    Four warps to 64 rows, so that two programs fit on a multiprocessor: one loads while the other computes.
+    """
     most = 128 if head_dim <= 128 else 64
     rows = max(min(most, max(16, triton.next_power_of_2(longest_block * group))), triton.next_power_of_2(group))
-    return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 64 else 4, stages=3)
+    return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=3)
 
 
 def block_attention(

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kernels.latent_attention.reference import check_arguments
 from kernels.paged_batch import PagedBatch
-from kernels.ragged_tiles import add_sections, request_of
+from kernels.ragged_tiles import add_sections, request_of, section_tokens, sections
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ def latent_attention(
     scaling: float,
     scales: torch.Tensor | None = None,
     split_tokens: int | None = None,
+    spread: bool = False,
     tile: Tiling | None = None,
 ) -> torch.Tensor:
     """As kernels.latent_attention.reference. Queries float32, float16 or bfloat16; latents the same or fp8.
 
     Accumulates in float32. Any stride but the last dimension's may be anything. split_tokens: context tokens of a
-    section, a multiple of the tile's tokens; None attends to a context in one go, best where requests alone fill the
-    device. Rows from query_starts[-1] on are padding and stay undefined. Raises ValueError for shapes that do not fit.
+    section, a multiple of the tile's tokens. spread: cut contexts into equal parts where requests alone do not fill the
+    device, unless there is split_tokens. Neither: a context in one go. Rows from query_starts[-1] on are padding and
+    stay undefined. Raises ValueError for shapes that do not fit.
     """
     check_arguments(query, latents, rotary, batch, scales, split_tokens)
     tokens, heads, _ = query.shape
@@ -60,17 +62,19 @@ def latent_attention(
     tile = tile or tiling(query.dtype)
     if split_tokens is not None and split_tokens % tile.tokens:
         raise ValueError(f"split_tokens is {split_tokens}: want a multiple of the tile's {tile.tokens} tokens")
-    splits = 1 if split_tokens is None else max(1, -(-batch.longest_context // split_tokens))
+    packed = min(heads, tile.rows)  # heads of a tile
+    tile_rows = tile.rows // packed  # query rows of a tile
+    lanes = triton.cdiv(heads, packed)
+    programs = max(batch.requests, triton.cdiv(tokens, tile_rows)) * lanes
+    splits = sections(batch, programs, tile.tokens, split_tokens, 1 if spread else 0)
     output = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
-    if split_tokens is None:
-        part, peak, mass = output, output, output  # never written as such
-    else:
+    if splits:
         part = torch.empty(splits, tokens, heads, width, dtype=torch.float32, device=query.device)
         peak = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
         mass = torch.empty_like(peak)
-    packed = min(heads, tile.rows)  # heads of a tile
-    tile_rows = tile.rows // packed  # query rows of a tile
-    _attend_latents[(tokens // tile_rows + batch.requests, triton.cdiv(heads, packed), splits)](
+    else:
+        part, peak, mass = output, output, output  # never written as such
+    _attend_latents[(tokens // tile_rows + batch.requests, lanes, max(1, splits))](
         *(query, latents, rotary, query if scales is None else scales, output, part, peak, mass),
         *(batch.block_tables, batch.query_starts, batch.context_lengths, batch.requests, tokens, scaling),
         *(query.stride(0), query.stride(1), batch.block_tables.stride(0)),
@@ -83,14 +87,15 @@ def latent_attention(
         BLOCK_ROTARY=max(16, triton.next_power_of_2(rotary.shape[2])),
         BLOCK_TOKENS=latents.shape[1],
         SCALES=scales is not None,
-        SPLIT=0 if split_tokens is None else split_tokens,
+        CUT=splits > 0,
+        SPLIT=split_tokens or 0,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if split_tokens is not None:
-        add_sections(output, part, peak, mass, group=1)
+    if splits:
+        add_sections(*(output, part, peak, mass, batch, 1), split_tokens=split_tokens, tile_tokens=tile.tokens)
     return output
 
 
@@ -125,6 +130,7 @@ def _attend_latents(
     BLOCK_ROTARY: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SCALES: tl.constexpr,
+    CUT: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -139,7 +145,8 @@ def _attend_latents(
     first_row = (tile - (start // TILE_ROWS + request)) * TILE_ROWS
     if first_row >= count:
         return
-    before = tl.load(context_lengths + request) - count  # tokens in front of the request's rows
+    context = tl.load(context_lengths + request)
+    before = context - count  # tokens in front of the request's rows
 
     packed = tl.arange(0, ROWS)
     row = first_row + packed // PACKED
@@ -154,9 +161,12 @@ def _attend_latents(
 
     first = 0
     last = before + tl.minimum(first_row + TILE_ROWS, count)
-    if SPLIT > 0:
-        first = split * SPLIT
-        last = tl.minimum(last, first + SPLIT)
+    if CUT:
+        size = section_tokens(context, tl.num_programs(2), SPLIT, TOKENS)
+        first = split * size
+        last = tl.minimum(last, first + size)
+        if first >= last:
+            return
 
     own = query + (token * query_token + head * query_head)[:, None]
     content = tl.load(own + wide[None, :], mask=valid[:, None] & in_latent[None, :], other=0.0)
@@ -197,7 +207,7 @@ def _attend_latents(
         seen = tl.dot(weight.to(content.dtype), latent, seen * keep[:, None], input_precision="ieee")
         top = higher
 
-    if SPLIT > 0:
+    if CUT:
         cell = (split.to(tl.int64) * tokens + token) * HEADS + head
         tl.store(peak + cell, top, mask=valid)
         tl.store(mass + cell, total, mask=valid)

@@ -4,10 +4,13 @@ Packing the heads of a group beside the rows means that a tile of keys and value
 16 verify rows and 8 heads a KV head, once for 128 score rows. Which request a tile belongs to is found on the device
 (a binary search over query_starts), so that one launch serves any mix of verify rows and prefill chunks.
 
-`split_tokens` cuts long contexts into sections that run as programs of their own (flash decoding, arXiv 2311.01282).
-Sections begin at multiples of split_tokens, never at fractions of the batch's longest context, and a second launch
-adds them up in order. With the tile shapes fixed by head_dim and group, a row's result depends on its own request only:
-not on the other requests of the launch, nor on how many rows are verified with it.
+`split_tokens` and `spread` cut long contexts into sections that run as programs of their own (flash decoding, arXiv
+2311.01282); a second launch adds them up in order (kernels.ragged_tiles). With the tile shapes fixed by head_dim and
+group, and without `spread`, a row's result depends on its own request only: not on the other requests of the launch,
+nor on how many rows are verified with it.
+
+With three stages the compiler fetches a tile's block ids two tiles ahead, and its keys and values one tile ahead; with
+two it waits for the ids of every tile. Two programs of four warps fit on a multiprocessor, or one of eight.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import triton.language as tl
 
 from kernels.paged_attention.batch import check_arguments
 from kernels.paged_batch import PagedBatch
-from kernels.ragged_tiles import add_sections, request_of
+from kernels.ragged_tiles import add_sections, request_of, section_tokens, sections
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def tiling(head_dim: int, group: int) -> Tiling:
     """
     rows = max(64, min(128 if head_dim <= 128 else 64, triton.next_power_of_2(16 * group)))
     rows = max(rows, triton.next_power_of_2(group))
-    return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=2)
+    return Tiling(rows=rows, tokens=64 if head_dim <= 128 else 32, warps=8 if rows >= 128 else 4, stages=3)
 
 
 def parts(width: int) -> tuple[int, int]:
@@ -64,14 +67,16 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     split_tokens: int | None = None,
+    spread: bool = False,
     tile: Tiling | None = None,
 ) -> torch.Tensor:
     """query [tokens, heads, head_dim] over keys, values [blocks, block_tokens, kv_heads, width] -> as wide as values.
 
     As kernels.paged_attention.reference, which defines every argument. Queries float32, float16 or bfloat16; keys and
     values the same or fp8. Accumulates in float32. Any stride but the last dimension's may be anything.
-    split_tokens: context tokens of a section, a multiple of the tile's tokens; None attends to a context in one go,
-    best where requests alone fill the device. Rows from query_starts[-1] on are padding and stay undefined.
+    split_tokens: context tokens of a section, a multiple of the tile's tokens. spread: cut contexts into equal parts
+    where requests alone do not fill the device, unless there is split_tokens, or a window makes them short. Neither: a
+    context in one go. Rows from query_starts[-1] on are padding and stay undefined.
     Raises ValueError for shapes that do not fit.
     """
     check_arguments(query, keys, values, batch, sliding_window, soft_cap, sinks, key_scales, value_scales, split_tokens)
@@ -80,17 +85,19 @@ def paged_attention(
     tile = tile or tiling(head_dim, group)
     if split_tokens is not None and split_tokens % tile.tokens:
         raise ValueError(f"split_tokens is {split_tokens}: want a multiple of the tile's {tile.tokens} tokens")
-    splits = 1 if split_tokens is None else max(1, -(-batch.longest_context // split_tokens))
+    tile_rows = tile.rows // group  # query rows of a tile
+    programs = max(batch.requests, triton.cdiv(tokens, tile_rows)) * keys.shape[2]
+    side_by_side = 8 // tile.warps if spread and sliding_window is None else 0  # by registers
+    splits = sections(batch, programs, tile.tokens, split_tokens, side_by_side)
     value_dim = values.shape[3]
     output = torch.empty(tokens, heads, value_dim, dtype=query.dtype, device=query.device)
-    if split_tokens is None:
-        part, peak, mass = output, output, output  # never written as such
-    else:
+    if splits:
         part = torch.empty(splits, tokens, heads, value_dim, dtype=torch.float32, device=query.device)
         peak = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
         mass = torch.empty_like(peak)
-    tile_rows = tile.rows // group  # query rows of a tile
-    _attend[(tokens // tile_rows + batch.requests, keys.shape[2], splits)](
+    else:
+        part, peak, mass = output, output, output  # never written as such
+    _attend[(tokens // tile_rows + batch.requests, keys.shape[2], max(1, splits))](
         *(query, keys, values, query if key_scales is None else key_scales),
         *(query if value_scales is None else value_scales, output, part, peak, mass, query if sinks is None else sinks),
         *(batch.block_tables, batch.query_starts, batch.context_lengths),
@@ -110,14 +117,20 @@ def paged_attention(
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
         SCALES=key_scales is not None,
-        SPLIT=0 if split_tokens is None else split_tokens,
+        CUT=splits > 0,
+        SPLIT=split_tokens or 0,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if split_tokens is not None:
-        add_sections(output, part, peak, mass, group, sinks)
+    if splits:
+        add_sections(
+            *(output, part, peak, mass, batch, group, sinks),
+            split_tokens=split_tokens,
+            tile_tokens=tile.tokens,
+            window=sliding_window,
+        )
     return output
 
 
@@ -162,6 +175,7 @@ def _attend(
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
     SCALES: tl.constexpr,
+    CUT: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -197,9 +211,12 @@ def _attend(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(before + first_row - WINDOW + 1, 0) // TOKENS * TOKENS
-    if SPLIT > 0:
-        first = tl.maximum(first, split * SPLIT)
-        last = tl.minimum(last, (split + 1) * SPLIT)
+    if CUT:
+        size = section_tokens(context, tl.num_programs(2), SPLIT, TOKENS)
+        first = tl.maximum(first, split * size)
+        last = tl.minimum(last, (split + 1) * size)
+        if first >= last:
+            return
 
     query_at = query + token[:, None] * query_token + head[:, None] * query_head
     own = tl.load(query_at + key_dim[None, :], mask=valid[:, None] & in_key[None, :], other=0.0)
@@ -256,7 +273,7 @@ def _attend(
             seen_rest = seen_rest * keep[:, None] + tl.dot(weight, value_rest, input_precision="ieee")
         top = higher
 
-    if SPLIT > 0:
+    if CUT:
         cell = (split.to(tl.int64) * tokens + token) * HEADS + head
         tl.store(peak + cell, top, mask=valid)
         tl.store(mass + cell, total, mask=valid)

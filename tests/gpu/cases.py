@@ -111,7 +111,7 @@ def _attention(
     suffix = "".join((f" window {window}" if window else "", f" split {split}" if split else "", " fp8" if fp8 else ""))
     return Case(
         f"paged_attention {requests} x {rows} rows, context {context}, heads {heads}/{kv_heads} x {dim}{suffix}",
-        lambda: paged_attention.paged_attention(query, keys, values, batch, **options),
+        lambda: paged_attention.paged_attention(query, keys, values, batch, spread=True, **options),
         lambda: paged_attention_reference.paged_attention(query, keys, values, batch, **options),
         moved=2 * query.nbytes + 2 * requests * seen * kv_heads * (dim * keys.itemsize + (2 if fp8 else 0)),
         library=library,

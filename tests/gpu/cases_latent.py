@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.expanded_attention import kernel as expanded_attention
+from kernels.expanded_attention import reference as expanded_attention_reference
+from kernels.expanded_attention.batch import ChunkBatch, empty_sums
 from kernels.latent_append import kernel as latent_append
 from kernels.latent_append import reference as latent_append_reference
 from kernels.latent_attention import kernel as latent_attention
@@ -18,6 +21,7 @@ from kernels.paged_batch import PagedBatch
 from tests.gpu.case import Call, Case, Machine
 
 LATENT, ROTARY = 512, 64
+CONTENT, VALUE = 128, 128
 
 
 def latent_cases(machine: Machine) -> Iterator[Case]:
@@ -33,6 +37,15 @@ def latent_cases(machine: Machine) -> Iterator[Case]:
         shape = max(1, requests // small), max(1, rows // small), max(64, context // small), max(2, heads // small)
         yield _attention(machine, *shape, split=None if split is None else max(32, split // small), fp8=fp8)
     yield _expanded(machine, rows=max(1, 2048 // small), context=max(64, 8192 // small), heads=max(2, 8 // small))
+    for rows, context, heads, fp8 in (
+        (2048, 2048, 64, False),
+        (2048, 16_384, 64, False),
+        (2048, 32_768, 8, False),  # a rank of 8
+        (512, 16_384, 64, True),
+    ):
+        section = max(48, (1 << 18) // heads // small)
+        sizes = max(1, rows // small), max(64, context // small // (1 if small == 1 else 4)), max(2, heads // small)
+        yield _expanding(machine, *sizes, section=section, fp8=fp8)
     for fp8 in (False, True):
         yield _append(machine, tokens=max(1, 1024 // small), heads=64, fp8=fp8)
 
@@ -55,9 +68,10 @@ def _attention(
     suffix = (f" split {split}" if split else "") + (" fp8" if fp8 else "")
     return Case(
         f"latent_attention {requests} x {rows} rows, context {context}, {heads} heads{suffix}",
-        lambda: latent_attention.latent_attention(query, latents, keys, batch, **options),
+        lambda: latent_attention.latent_attention(query, latents, keys, batch, spread=True, **options),
         lambda: latent_attention_reference.latent_attention(query, latents, keys, batch, **options),
         moved=query.nbytes + query.nbytes * LATENT // (LATENT + ROTARY) + requests * context * token,
+        flops=2 * requests * rows * heads * (context - rows // 2) * (2 * LATENT + ROTARY),
         library=None if fp8 else _torch_attention(query, cache, requests, context, options["scaling"]),
     )
 
@@ -86,7 +100,42 @@ def _expanded(machine: Machine, rows: int, context: int, heads: int) -> Case:
         lambda: paged_attention.paged_attention(query, keys, values, batch, scaling=192**-0.5),
         lambda: paged_attention_reference.paged_attention(query, keys, values, batch, scaling=192**-0.5),
         moved=query.nbytes * 5 // 3 + keys.nbytes + values.nbytes,
+        flops=2 * rows * heads * (context - rows // 2) * (192 + 128),
         library=lambda: F.scaled_dot_product_attention(query.transpose(0, 1), flat[0], flat[1], mask, scale=192**-0.5),
+    )
+
+
+def _expanding(machine: Machine, rows: int, context: int, heads: int, *, section: int, fp8: bool) -> Case:
+    """The same from latents in a paged cache, as the verifier does it: copied, expanded and attended to by sections."""
+    content, rotary = machine.normal(rows, heads, CONTENT), machine.normal(rows, heads, ROTARY)
+    latents, keys = machine.normal(context // 64, 64, LATENT + ROTARY).split([LATENT, ROTARY], dim=-1)
+    scales = None
+    if fp8:
+        latents, keys = latents.to(torch.float8_e4m3fn), keys.contiguous()
+        scales = torch.ones(latents.shape[:2], dtype=torch.bfloat16, device=machine.device)
+    up = machine.normal(heads * (CONTENT + VALUE), LATENT) * LATENT**-0.5
+    tables = machine.ints(torch.randperm(context // 64)).view(1, -1)
+    batch = ChunkBatch(machine.ints([0, rows]), machine.ints([0, context]))
+
+    def call(way: Any) -> torch.Tensor:
+        output = content.new_empty(rows, heads, VALUE)
+        sums = empty_sums(rows, heads, VALUE, content.device)
+        for first in range(0, context, section):
+            count = min(section, context - first)
+            own = content.new_empty(count, LATENT), content.new_empty(count, ROTARY)
+            way.copy_section(latents, keys, tables, batch.context_starts, own, first=first, scales=scales)
+            expanded = (own[0] @ up.t()).view(count, heads, -1)
+            given = content, rotary, expanded, own[1], batch, output, sums
+            way.attend_section(*given, first=first, scaling=(CONTENT + ROTARY) ** -0.5)
+        return output
+
+    pairs = rows * (context - rows // 2)
+    return Case(
+        f"expanded latents, {rows} rows, context {context}, {heads} heads{' fp8' if fp8 else ''}",
+        lambda: call(expanded_attention),
+        lambda: call(expanded_attention_reference),
+        moved=context * (LATENT * latents.itemsize + ROTARY * keys.itemsize) + content.nbytes * 5 // 2,
+        flops=2 * heads * (pairs * (CONTENT + ROTARY + VALUE) + context * LATENT * (CONTENT + VALUE)),
     )
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import ragged_tiles
 from kernels.latent_attention import reference
 from kernels.latent_attention.kernel import Tiling, latent_attention
 from kernels.paged_batch import PagedBatch
@@ -55,6 +57,12 @@ def test_the_reference_is_attention_over_expanded_keys_and_values():
 def test_any_number_of_heads_is_packed_beside_ragged_rows(heads: int):
     """20 heads take two tiles of 16 score rows."""
     agree(a_batch([3, 1, 5], [35, 1, 5]), heads)
+
+
+def test_contexts_spread_over_the_device_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ragged_tiles, "LEAST_TILES", tl.constexpr(1))
+    monkeypatch.setattr(ragged_tiles, "MULTIPROCESSORS", 12)
+    agree(a_batch([3, 1, 5], [35, 1, 5]), heads=3, spread=True)
 
 
 @pytest.mark.parametrize("split_tokens", [None, 16])

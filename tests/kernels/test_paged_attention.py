@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 
+from kernels import ragged_tiles
 from kernels.paged_attention import reference
 from kernels.paged_attention.kernel import Tiling, paged_attention, parts
 from kernels.paged_batch import PagedBatch
+from kernels.ragged_tiles import sections
 from tests.kernels.batches import BLOCK_TOKENS, a_batch, alone
 from verifier_service.model.kv_storage import KvStorage
 
@@ -28,6 +31,7 @@ def agree(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float3
     batch = a_batch([3, 11, 1, 5], [35, 40, 1, 5])  # verify rows on a context, a prefill chunk, a first token, a prompt
     query, keys, values = tensors(batch, heads, kv_heads, dim, dtype)
     got = paged_attention(query, keys, values, batch, scaling=dim**-0.5, tile=SMALL, **options)
+    options.pop("spread", None)
     want = reference.paged_attention(query, keys, values, batch, scaling=dim**-0.5, **options)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
@@ -197,3 +201,36 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: st
     query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
     with pytest.raises(ValueError, match=message):
         paged_attention(query, keys, values, batch, scaling=1.0, tile=SMALL, **change)
+
+
+def test_contexts_spread_over_the_device_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch):
+    """Of up to 40 tokens, in parts of one tile and more; padding behind the rows and a loose bound change nothing."""
+    monkeypatch.setattr(ragged_tiles, "LEAST_TILES", tl.constexpr(1))
+    monkeypatch.setattr(ragged_tiles, "MULTIPROCESSORS", 12)
+    agree(heads=4, kv_heads=2, dim=16, spread=True, sinks=torch.randn(4) + 2)
+    batch = a_batch([2, 1], [40, 3])
+    query, keys, values = tensors(batch, heads=2, kv_heads=1, dim=16)
+    want = reference.paged_attention(query, keys, values, batch, scaling=0.25)
+    loose = PagedBatch(batch.block_tables, batch.query_starts, batch.context_lengths, longest_context=9999)
+    padded = torch.cat([query, query.new_full((4, *query.shape[1:]), 1.0)])
+    got = paged_attention(padded, keys, values, loose, scaling=0.25, spread=True, tile=SMALL)
+    torch.testing.assert_close(got[:3], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("programs", "context", "parts_of_each"),
+    [
+        (8, 32_768, 33),  # one request, 8 KV heads
+        (8, 2048, 8),  # in parts of 256 tokens at least
+        (8, 60, 1),
+        (128, 32_768, 2),
+        (256, 32_768, 0),
+        (1024, 32_768, 0),
+    ],
+)
+def test_contexts_are_cut_into_as_many_parts_as_fill_the_device(programs: int, context: int, parts_of_each: int):
+    """Tiles of 64 tokens, two programs on each of 132 multiprocessors."""
+    batch = PagedBatch(torch.empty(1, 1), torch.empty(2), torch.empty(1), context)
+    assert sections(batch, programs, 64, None, spread=2) == parts_of_each
+    assert sections(batch, programs, 64, None, spread=0) == 0
+    assert sections(batch, programs, 64, 4096, spread=2) == max(1, context // 4096), "fixed multiples come first"

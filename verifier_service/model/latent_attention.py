@@ -11,7 +11,6 @@ expanded: every head's keys and values are made of the latents, once for all row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
 
@@ -20,31 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from verifier_service.model.kv_cache import LatentsCache
+from verifier_service.model.latent_shape import LatentShape
 from verifier_service.model.step import Segment, Step
 
 ENTRIES = 1 << 25  # of scores, or of keys and values, that exist at once: bounds the memory of a long context
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """The heads of this rank; the widths of a head's content key, rotary key and value, and of the latent."""
-
-    heads: int
-    content: int
-    rotary: int
-    value: int
-    latent: int
-
-    @property
-    def cached(self) -> int:
-        """Values in the cache per token: the latent and the rotary key."""
-        return self.latent + self.rotary
-
-    def expands(self, rows: int, context: int) -> bool:
-        """Do `rows` rows of one request over `context` tokens cost fewer multiplications in expanded form?"""
-        maps = self.latent * (self.content + self.value)  # of a row if absorbed, of a token if expanded
-        saved = 2 * self.latent - self.content - self.value  # of each pair of row and token
-        return rows * (maps + context * saved) > context * maps
 
 
 class LatentAttention(nn.Module):
@@ -55,6 +33,9 @@ class LatentAttention(nn.Module):
     part of kv_b_proj. output: [tokens, heads x value] -> hidden, summed over ranks. interleaved: the two entries of a
     rotary pair are neighbours.
     """
+
+    key_up: torch.Tensor
+    value_up: torch.Tensor
 
     def __init__(
         self,

@@ -18,7 +18,8 @@ from modeling.weights import RankWeights
 from verifier_service.model import touchpoints
 from verifier_service.model.forms import Forms
 from verifier_service.model.gated_delta_net import DeltaNetWeights, RaggedGatedDeltaNet, split_by_part
-from verifier_service.model.latent_attention import LatentAttention, LatentShape
+from verifier_service.model.latent_attention import LatentAttention
+from verifier_service.model.latent_shape import LatentShape
 from verifier_service.model.moe_loading import load_moe
 
 

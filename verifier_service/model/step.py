@@ -58,7 +58,7 @@ class VerifyWindow:
 
 @dataclass(frozen=True)
 class PrefillPart:
-    """Tokens first..stop of the step are a chunk of `slot`'s prompt; fresh: its first, from a zero state.
+    """Tokens first..stop of the step are a chunk of `slot`'s prompt, its tokens from `start` on.
 
     checkpoint: where its last state is saved as well; -1: nowhere.
     """
@@ -66,8 +66,18 @@ class PrefillPart:
     first: int
     stop: int
     slot: int
-    fresh: bool
+    start: int
     checkpoint: int
+
+    @property
+    def fresh(self) -> bool:
+        """From a zero state."""
+        return self.start == 0
+
+    @property
+    def context(self) -> int:
+        """Tokens that its last one sees."""
+        return self.start + self.stop - self.first
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class StepBuilder:
             works.append(tuple(self._segments(work, first, self._tensor(blocks))))
             longest = max(longest, stop)
             if isinstance(work, PrefillChunk):
-                prefill.append(PrefillPart(first, len(tokens), work.slot, work.start == 0, work.checkpoint))
+                prefill.append(PrefillPart(first, len(tokens), work.slot, work.start, work.checkpoint))
                 if work.completes_prompt:
                     wanted.append(len(tokens) - 1)
         verified = sum(len(row.token_ids) for row in plan.verify)

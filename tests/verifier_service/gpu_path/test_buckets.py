@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verifier_service.model.device.buckets import SECTION, SECTIONED_ROWS, Buckets, buckets, section_for
+from verifier_service.model.device.buckets import SECTION, Buckets, buckets
 
 REQUESTS, LONGEST, ROWS, CONTEXT = 48, 16, 512, 40_000
-ALL = Buckets(buckets(REQUESTS, LONGEST, ROWS, CONTEXT))
+ALL = Buckets(buckets(REQUESTS, LONGEST, ROWS, CONTEXT, SECTION))
 
 
 @given(
@@ -38,9 +38,5 @@ def test_a_step_beyond_the_largest_bucket_has_none():
 
 
 def test_contexts_are_bounded_where_they_are_cut_into_sections():
-    few, many = (
-        {bucket.context for bucket in ALL.all if (bucket.rows <= SECTIONED_ROWS) is cut} for cut in (True, False)
-    )
-    assert few == {SECTION, 8 * SECTION, CONTEXT}
-    assert many == {CONTEXT}
-    assert (section_for(SECTIONED_ROWS), section_for(SECTIONED_ROWS + 1)) == (SECTION, None)
+    assert {bucket.context for bucket in ALL.all} == {SECTION, 8 * SECTION, CONTEXT}
+    assert {bucket.context for bucket in buckets(REQUESTS, LONGEST, ROWS, CONTEXT)} == {CONTEXT}

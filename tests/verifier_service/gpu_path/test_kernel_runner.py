@@ -18,7 +18,7 @@ from modeling.routing import SigmoidTopK, SoftmaxTopK
 from tests.verifier_service.gpu_path.tiny import OVERRIDES, TinyTarget, build
 from verifier_service.config import VerifierSettings
 from verifier_service.fit import check_fit
-from verifier_service.model import attention, delta_rule, gated_delta_net, touchpoints
+from verifier_service.model import attention, delta_rule, gated_delta_net, latent_shape, touchpoints
 from verifier_service.model.latent_attention import LatentAttention
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
 
@@ -31,6 +31,13 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{what} encountered") for what 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyTarget]:
     return {family: build(family, tmp_path_factory.mktemp(family)) for family in OVERRIDES}
+
+
+@pytest.fixture(autouse=True)
+def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where latents are expanded, of 16 tokens, so that contexts of these texts have several."""
+    monkeypatch.setattr(latent_shape, "SECTION_ENTRIES", 1)
+    monkeypatch.setattr(latent_shape, "SECTION_STEP", 16)
 
 
 @pytest.fixture

@@ -183,14 +183,18 @@ def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("family", "heads", "width"), [("qwen3", 4, 16), ("qwen3_5_moe", 2, 16), ("deepseek_v3", 2, 32)]
 )
-def test_a_longer_context_costs_the_partial_sums_of_its_sections(family, heads, width, tmp_path, idle_kernels):
-    target = build(family, tmp_path)
-    short, long = (largest_step(target, sections * SECTION) for sections in (64, 96))
-    assert long - short >= 32 * STEP_TOKENS * heads * (width + 2) * 4
+def test_a_longer_context_costs_partial_sums_where_it_is_cut_at_fixed_multiples(
+    family, heads, width, tmp_path, idle_kernels
+):
+    target, sums = build(family, tmp_path), 32 * STEP_TOKENS * heads * (width + 2) * 4
+    short, long = (largest_step(target, sections * SECTION, forms.DETERMINISTIC) for sections in (64, 96))
+    assert long - short >= sums
+    short, long = (largest_step(target, sections * SECTION, forms.FAST) for sections in (64, 96))
+    assert long - short < sums
 
 
-def largest_step(target: TinyTarget, max_context: int) -> int:
-    model = target.runner()._model
+def largest_step(target: TinyTarget, max_context: int, mixing: forms.KernelForms) -> int:
+    model = target.runner(deterministic=mixing is forms.DETERMINISTIC)._model
 
     def make(blocks: int) -> KernelExecutor:
         return KernelExecutor(
@@ -203,7 +207,7 @@ def largest_step(target: TinyTarget, max_context: int) -> int:
             max_context=max_context,
             checkpoint_bytes=0,
             path=KernelPath("triton", longest_row=2, graphs=False),
-            forms=forms.FAST,
+            forms=mixing,
         )
 
     steps = LargestSteps(2, 4, STEP_TOKENS, BLOCK_TOKENS, max_context, sectioned_rows=256)

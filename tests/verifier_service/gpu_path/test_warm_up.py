@@ -18,7 +18,6 @@ from tests.verifier_service.model.schedules import BLOCK_TOKENS, BLOCKS, SLOTS
 from tests.verifier_service.oracle import PartlyRight
 from tests.verifier_service.test_engine import Inbox
 from verifier_service.engine import Engine
-from verifier_service.model.device import buckets
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.warm_up import warm_up
 
@@ -55,7 +54,7 @@ def _form(name: str, value: Any, free: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_serving_compiles_nothing_that_the_warm_up_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(buckets, "SECTIONED_ROWS", 8)  # a longer prompt is not cut into sections
+    monkeypatch.setattr("kernels.ragged_tiles.MULTIPROCESSORS", 3)  # two requests are not cut into sections
     tiny_targets.build("qwen3", tmp_path, **{**OVERRIDES["qwen3"], **ONE_LAYER})
     target = TinyTarget(tmp_path, [], None)  # type: ignore[arg-type]  # no schedule is run
     runner = target.runner()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,8 @@ from tests.verifier_service.model.schedules import (
     worst_difference,
 )
 from tests.verifier_service.model.test_runner import make_runner
-from verifier_service.model.latent_attention import LatentAttention, LatentShape
+from verifier_service.model.latent_attention import LatentAttention
+from verifier_service.model.latent_shape import LatentShape
 from verifier_service.model.runner import TargetRunner
 from verifier_service.model.torch_executor import TorchExecutor
 from verifier_service.plan import PrefillChunk, StepPlan, VerifyRow
@@ -101,6 +103,16 @@ def test_the_cheaper_way_to_attend_is_taken(rows, context):
     expanded = context * maps + rows * context * (KIMI.content + KIMI.rotary + KIMI.value)
     assert KIMI.expands(rows, context) == (expanded < absorbed)
     assert not KIMI.expands(min(rows, 16), max(context, 32))
+
+
+@given(heads=st.sampled_from([1, 8, 16, 64, 128]), rows=st.integers(1, 8192))
+def test_sections_over_kernels_take_bounded_memory_whatever_the_heads(heads, rows):
+    shape = replace(KIMI, heads=heads)
+    assert shape.section % 128 == 0
+    keys_and_values = shape.section * heads * (KIMI.content + KIMI.value)
+    assert 1 << 25 < keys_and_values <= 1 << 26
+    latents, sums = shape.section * KIMI.cached, rows * heads * (KIMI.value + 2)
+    assert shape.workspace_bytes(rows, 2) == 2 * (keys_and_values + latents) + 4 * sums
 
 
 def test_a_tokens_cache_is_its_latent_and_rotary_key(target):

@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Attended:
-    """section: context tokens that are added up in one piece, None = all."""
+    """section: context tokens that are added up in one piece, None = as it is fastest."""
 
     pieces: tuple[Piece, ...]
     section: int | None

@@ -80,6 +80,7 @@ class KernelAttention(nn.Module):
                 key_scales=cache.key_scales,
                 value_scales=cache.value_scales,
                 split_tokens=step.attended.section,
+                spread=True,
             ),
         )
         if gate is not None:

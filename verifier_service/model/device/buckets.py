@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-SECTION = 2048  # context tokens that attention adds up in one piece where it cuts contexts
-SECTIONED_ROWS = 256  # beyond it rows alone fill a device, and partial sums of so many would take gigabytes
+SECTION = 2048  # context tokens that attention adds up in one piece where it cuts contexts at fixed multiples
+SECTIONED_ROWS = 256  # that attend so at a time: partial sums of more would take gigabytes
 CONTEXT_GROWTH = 8  # from one bound of the context to the next: a looser bound costs programs that have nothing to do
 
 
@@ -22,34 +22,19 @@ class Bucket:
         return requests <= self.requests and rows <= self.rows and context <= self.context
 
 
-def section_for(rows: int) -> int | None:
-    """How attention cuts the contexts of a step with so many rows; None: not at all."""
-    return SECTION if rows <= SECTIONED_ROWS else None
-
-
-def any_section(rows: int) -> int | None:
-    """The same for steps of all sizes, so that a row's sums do not depend on how many are beside it."""
-    return SECTION
-
-
 def buckets(
-    max_requests: int,
-    longest_row: int,
-    max_rows: int,
-    max_context: int,
-    section_of: Callable[[int], int | None] = section_for,
+    max_requests: int, longest_row: int, max_rows: int, max_context: int, section: int | None = None
 ) -> list[Bucket]:
     """Requests and tokens a request double from one bucket to the next, so that less than half of a step is padding
     in either.
 
-    longest_row: tokens of one request (bonus and drafts). max_rows: of one step. section_of: see section_for. Contexts
-    are bounded only where they are cut into sections, for each of which a graph launches programs.
+    longest_row: tokens of one request (bonus and drafts). max_rows: of one step. section: multiples at which contexts
+    are cut; they are bounded only there, for a graph launches programs for each section.
     """
     found = set()
     for requests in _doubling(1, max_requests):
         for each in _doubling(1, longest_row):
             rows = min(requests * each, max_rows)
-            section = section_of(rows)
             bounds = [max_context] if section is None else _growing(section, max_context, CONTEXT_GROWTH)
             found |= {Bucket(rows, requests, context) for context in bounds}
     return sorted(bucket for bucket in found if bucket.requests <= bucket.rows)

@@ -182,7 +182,7 @@ def _prefill_parts(plan: StepPlan) -> tuple[PrefillPart, ...]:
     at = sum(len(row.token_ids) for row in plan.verify)
     for chunk in plan.prefill:
         stop = at + len(chunk.token_ids)
-        parts.append(PrefillPart(at, stop, chunk.slot, chunk.start == 0, chunk.checkpoint))
+        parts.append(PrefillPart(at, stop, chunk.slot, chunk.start, chunk.checkpoint))
         at = stop
     return tuple(parts)
 

@@ -11,9 +11,11 @@ import torch
 from kernels.kept_rows import KeptRows
 from kernels.paged_batch import PagedBatch
 from kernels.step_inputs.kernel import step_inputs
-from verifier_service.model.device.attended import attended
+from verifier_service.model.device.attended import Attended, attended
 from verifier_service.model.device.buckets import SECTIONED_ROWS
 from verifier_service.model.device.forms import KernelForms
+from verifier_service.model.device.latent_attention import KernelLatentAttention
+from verifier_service.model.device.latent_runs import latent_runs
 from verifier_service.model.device.layer import KernelLayer
 from verifier_service.model.device.layout import FixedInputs
 from verifier_service.model.device.norm import KernelNorm
@@ -65,6 +67,8 @@ class KernelForward:
         self._caches, self._latents, self._states, self._tables = caches, latents, states, tables
         self._cos, self._sin = rotary
         self._block_tokens, self._forms = block_tokens, forms
+        mixers = [layer.mixer for layer in self._layers if isinstance(layer.mixer, KernelLatentAttention)]
+        self._expands = mixers[0].expands if mixers else None  # all layers are of one shape
 
     def run(self, inputs: FixedInputs[torch.Tensor], taken: torch.Tensor, work: Work, taps: Sequence[int]) -> Hidden:
         """taken: int64, the tokens that the step before took, for those of this step that the host does not know."""
@@ -82,7 +86,12 @@ class KernelForward:
             sin=self._sin.index_select(0, places.positions),
             cache_rows=places.cache_rows,
             live=places.cache_rows >= 0 if work.padded else None,
-            attended=attended(batch, rows, self._forms.section(rows), SECTIONED_ROWS),
+            attended=self._attended(batch, rows),
+            latent_runs=(
+                latent_runs(batch, work.verify, work.prefill, self._expands, self._attended)
+                if self._expands is not None and work.prefill
+                else ()
+            ),
             caches=self._caches,
             latents=self._latents,
             states=self._states,
@@ -105,6 +114,9 @@ class KernelForward:
             normed if wanted is None else normed.index_select(0, wanted),
             torch.cat([tapped[layer] for layer in taps], dim=-1) if taps else None,
         )
+
+    def _attended(self, batch: PagedBatch, rows: int) -> Attended:
+        return attended(batch, rows, self._forms.section, SECTIONED_ROWS)
 
 
 def _verify_rows(inputs: FixedInputs[torch.Tensor], rows: int, tokens: int) -> StateRows:

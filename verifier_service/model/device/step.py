@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from verifier_service.model.device.attended import Attended
+from verifier_service.model.device.latent_runs import LatentRuns
 from verifier_service.model.device.states import KernelStates, StateRows
 from verifier_service.model.kv_cache import KeyValueCache, LatentCache, LatentsCache, LayerCache
 from verifier_service.model.kv_storage import CastVectors, ScaledVectors, StoredLatentCache, StoredLayerCache, Vectors
@@ -48,7 +49,8 @@ class PrefillRun:
 @dataclass(frozen=True)
 class DeviceStep:
     """cos, sin [tokens, rotary_dim]; cache_rows int64 [tokens], -1 for padding; live bool [tokens], None where there is
-    no padding; caches and latents by layer; prefill_runs: all prefill chunks, in order.
+    no padding; caches and latents by layer; latent_runs: all rows, where some attend to latents in expanded form;
+    prefill_runs: all prefill chunks, in order.
     """
 
     cos: torch.Tensor
@@ -56,6 +58,7 @@ class DeviceStep:
     cache_rows: torch.Tensor
     live: torch.Tensor | None
     attended: Attended
+    latent_runs: LatentRuns
     caches: dict[int, CacheTensors]
     latents: dict[int, LatentTensors]
     states: KernelStates | None
