@@ -29,8 +29,8 @@ class NoDevice:
         return 0
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def only_compile() -> dict[tuple[str, str], Any]:
+    """From now on this process's launches compile, and no more than that -> what they compile, by name and hash."""
     triton.runtime.driver.set_active(NoDevice())
     launch = JITFunction.run
     seen: dict[tuple[str, str], Any] = {}
@@ -41,6 +41,12 @@ def main() -> None:
         return compiled
 
     JITFunction.run = compile_only
+    return seen
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    seen = only_compile()
     from tests.gpu.cases import Machine, cases
 
     for case in cases(Machine("cpu", torch.bfloat16, shrink=64)):

@@ -12,6 +12,7 @@ import torch
 
 from tests.gpu.cases import Machine, cases
 from tests.gpu.measure_kernels import NO_DEVICE, Measured, row, worst_error
+from tests.kernels.resources import Resources
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
@@ -30,7 +31,7 @@ KERNELS |= {"_write_context", "_write_block", "_attend_block", "_join_sections"}
 KERNELS |= {"_candidate_sections", "_join_candidates", "_walk", "_convolve"}
 KERNELS |= {"_product", "_add"}
 KERNELS |= {"_solve_tiles", "_walk_tiles", "_read_tiles"}
-KERNELS |= {"_attend_latents", "_append_latents"}
+KERNELS |= {"_attend_latents", "_append_latents", "_copy_section", "_attend_section"}
 KERNELS |= {"_route", "_count", "_fill", "_gate_up", "_gate", "_down", "_combine"}
 KERNELS |= {"_survey", "_gather", "_threshold", "_collect", "_narrow"}
 KERNELS |= {"_activate", "_gated_norm", "_delta_inputs"}
@@ -69,3 +70,11 @@ def test_a_wrong_result_fails_the_check():
     assert worst_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-3) > 1
     assert worst_error(torch.tensor([float("nan")]), torch.tensor([1.0]), 1e-3) == float("inf")
     assert "WRONG" in row(Measured("a kernel", 10.0, None, 5.0, error=2.0))
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(182, 82_432, 4, 2), (255, 16, 8, 1), (128, 16, 8, 2), (32, 0, 1, 32), (16, 0, 16, 4), (32, 147_712, 4, 1)],
+)
+def test_programs_side_by_side_share_registers_shared_memory_and_threads(registers, shared, warps, programs):
+    assert Resources(registers, 0, 0, 0, shared, warps, 3).programs == programs
