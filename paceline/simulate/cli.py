@@ -39,7 +39,7 @@ def simulate(
     prompt: Annotated[int, typer.Option(min=1, help="tokens")] = 1024,
     output: Annotated[int, typer.Option(min=1, help="tokens, on average")] = 256,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="of simulated time, of which the first tenth does not count")
+        float, typer.Option(min=0.1, max=86400, help="of simulated time, of which the first tenth does not count")
     ] = 30,
     drafters: Annotated[list[int] | None, typer.Option(min=1, help="default: the file's; may be repeated")] = None,
     verifiers: Annotated[int | None, typer.Option(min=1, help="default: the file's")] = None,
@@ -74,7 +74,7 @@ def simulate(
     from paceline.progress import bar
     from paceline.simulate.drafters import Fault
     from paceline.simulate.run import Load
-    from paceline.simulate.setup import describe, survival_of
+    from paceline.simulate.setup import check_lengths, describe, survival_of
     from paceline.simulate.show import show
     from paceline.simulate.sweep import loads_of, parts, sweep
 
@@ -91,6 +91,7 @@ def simulate(
     )
     try:
         described = describe(file, Options(gpu, drafter_gpu, architecture, drafter_architecture, steps, drafts))
+        check_lengths(described.setup, prompt, output)
         survival = survival_of(acceptance, described.block_size)
         base = Load(None, None, prompt, output, survival, seconds, WARM_UP * seconds, certainty, seed)
         slots = described.setup.limits.slots

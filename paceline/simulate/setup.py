@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -12,7 +13,7 @@ from paceline.plan.pricing import draft_times, target_times
 from paceline.plan.reading import Draft, Inputs, Options, read_inputs
 from paceline.plan.times import DraftTimes
 from paceline.plan.timing import acceptance_rate
-from paceline.simulate.run import Drafting, Setup
+from paceline.simulate.run import SPREAD, Drafting, Setup
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.step_tables.prior import read_prior
 
@@ -63,6 +64,16 @@ def describe(file: Path, options: Options) -> Described:
     remote = application.drafts_remotely and application.drafter is not None
     drafters = application.drafter.replicas if remote and application.drafter is not None else verifier.replicas
     return Described(str(file), application.model_name, setup, draft.model.block_size, verifier.replicas, drafters)
+
+
+def check_lengths(setup: Setup, prompt: int, output: int) -> None:
+    """Raises ConfigError for requests that no KV cache of these verifiers can hold."""
+    longest, room = prompt + ceil(output * (1 + SPREAD)), setup.limits.blocks * setup.limits.block_tokens
+    if longest > room:
+        raise ConfigError(
+            f"--prompt {prompt} and --output {output} come to requests of up to {longest} tokens, but a verifier's KV "
+            f"cache has room for {room}: give shorter ones, or raise verifier.kv_cache_tokens"
+        )
 
 
 def survival_of(acceptance: str | None, block_size: int) -> tuple[float, ...]:

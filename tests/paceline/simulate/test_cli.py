@@ -69,6 +69,13 @@ def test_a_sweep_says_where_drafting_pays_and_how_many_drafters_are_enough(table
     assert first["speedup"] == pytest.approx(first["drafted"]["tokens_per_s"] / first["plain"]["tokens_per_s"])
 
 
+def test_requests_that_no_kv_cache_holds_and_time_without_end_are_refused(tables):
+    done = run(TINY, "--steps", str(tables.steps), "--drafts", str(tables.drafts), "--prompt", "100000000")
+    assert done.exit_code == 2
+    assert "--prompt 100000000 and --output 256 come to requests of up to 100000384 tokens" in done.output
+    assert run(TINY, "--seconds", "inf").exit_code == 2
+
+
 def test_without_a_table_or_a_gpu_type_nothing_can_be_priced():
     done = run(TINY)
     assert done.exit_code == 2
