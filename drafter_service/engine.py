@@ -113,7 +113,8 @@ class DrafterEngine:
         self._inbox.append(peer, context_id, start, features)
 
     def share(self, peer: Peer, share: Share) -> None:
-        self._inbox.share(peer, share)
+        if not self._inbox.share(peer, share):
+            peer.unshared(share.context_id)
 
     def draft(self, peer: Peer, draft: Draft) -> None:
         refused = self._inbox.draft(peer, draft.asks)

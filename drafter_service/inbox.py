@@ -68,7 +68,7 @@ Event = Linked | Appended | Dropped | Shared | Asked | Closed | Lost
 
 
 class Inbox:
-    """Thread-safe. Holds at most `max_asks` asks and `max_bytes` of features.
+    """Thread-safe. Holds at most `max_asks` asks, as many shares and `max_bytes` of features.
 
     Lets through one ask for each (link, context, base), and none for a base behind that context's newest: so nothing is
     ever answered twice.
@@ -82,6 +82,7 @@ class Inbox:
         self._closed = False
         self.asks = 0
         self.bytes = 0
+        self._shares = 0
         self.counters: Counter[str] = Counter(refused=0, outdated=0)
 
     def linked(self, peer: Peer) -> None:
@@ -97,9 +98,14 @@ class Inbox:
             self.bytes += features.nbytes
             self._put(Appended(peer, context_id, start, features))
 
-    def share(self, peer: Peer, share: Share) -> None:
+    def share(self, peer: Peer, share: Share) -> bool:
+        """False: there is no room. (A few bytes on the link make a window of rows to be copied.)"""
         with self._changed:
+            if self._shares >= self._max_asks:
+                return False
+            self._shares += 1
             self._put(Shared(peer, share))
+            return True
 
     def draft(self, peer: Peer, asks: Sequence[DraftAsk]) -> list[DraftAsk]:
         """Asks for which there is no room: the caller answers them empty."""
@@ -139,7 +145,7 @@ class Inbox:
         """Everything there is, oldest first; [] if there is nothing."""
         with self._changed:
             events, self._events = self._events, []
-            self.asks = self.bytes = 0
+            self.asks = self.bytes = self._shares = 0
             return events
 
     def wait(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.link.messages import DraftAsk
+from cluster.link.messages import DraftAsk, Share
 from drafter_service.inbox import Appended, Asked, Dropped, Inbox
 from tests.drafter_service.peers import RecordingPeer
 
@@ -40,6 +40,13 @@ def test_asks_beyond_the_bound_are_refused_until_the_queue_is_taken():
     inbox.take()
     assert inbox.draft(peer, [ask("c", 2)]) == []
     assert inbox.counters["refused"] == 1
+
+
+def test_shares_beyond_the_bound_are_refused_until_the_queue_is_taken():
+    inbox, peer = Inbox(max_asks=2), RecordingPeer()
+    assert [inbox.share(peer, Share(name, "a", 0, 4)) for name in "bcd"] == [True, True, False]
+    assert len(inbox.take()) == 2
+    assert inbox.share(peer, Share("d", "a", 0, 4))
 
 
 def test_a_context_that_is_closed_may_begin_again():
