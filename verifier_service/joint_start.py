@@ -59,6 +59,7 @@ class JointStart:
     def failed(self, error: Exception) -> Exception:
         """To be called once, with whatever ended this rank's start; what to raise: the first failure of any rank."""
         own = f"rank {self._rank} could not start: {type(error).__name__}: {error}"
+        own = own.encode(errors="backslashreplace").decode()  # of a path that is no UTF-8
         try:
             first = self._store.compare_set(VERDICT, "", own).decode()
             until = time.monotonic() + HEARD_S

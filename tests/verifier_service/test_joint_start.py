@@ -57,6 +57,17 @@ def test_the_first_failure_is_what_every_rank_raises(monkeypatch: pytest.MonkeyP
     starts[2].failed(after)
 
 
+def test_a_failure_over_a_path_that_is_no_utf_8_is_told_as_well(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joint_start, "GRACE_S", 600.0)
+    failing = Starts(2)
+    starts = failing.all
+    first = OSError(os.fsdecode(b"no file /models/\xff"))
+    assert starts[1].failed(first) is first
+    with pytest.raises(RankFailedError, match=r"OSError: no file /models/\\udcff") as error:
+        starts[0].meet()
+    starts[0].failed(error.value)
+
+
 def test_a_rank_in_a_collective_ends_soon_after_another_failed_and_says_what_that_one_said():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
