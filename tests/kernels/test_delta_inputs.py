@@ -52,11 +52,13 @@ def test_decays_are_exact_far_out_on_both_sides():
 
 def test_the_delta_rule_takes_them_as_they_are():
     convolved, a, b, rate, dt_bias = a_step()
-    state: Any = torch.randn(2, HEADS, KEY_DIM, VALUE_DIM), torch.tensor([1, 0]), torch.tensor([0, 2, 3])
+    rows: Any = torch.tensor([1, 0]), torch.tensor([0, 2, 3])
     own, plain = (way.delta_inputs(convolved, a, b, rate, dt_bias, **SHAPE) for way in (kernel, reference))
-    got = gated_delta.gated_delta_verify(*(*own, *state))
-    for mine, expected in zip(got, gated_delta.gated_delta_verify(*(*plain, *state))):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    before = torch.randn(2, HEADS, KEY_DIM, VALUE_DIM)
+    states = [before.clone() for _ in range(2)]
+    got, want = (gated_delta.gated_delta_advance(*(*made, state, *rows)) for made, state in zip((own, plain), states))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_does_not_depend_on_the_others():

@@ -145,8 +145,8 @@ BREAKS = (
         2,
         "a drafter's death ends the wait for its drafts",
         "cluster/link/answers.py",
-        "            self._evicted.clear()\n            self._changed.notify_all()",
-        "            self._evicted.clear()",
+        "            self._unshared.clear()\n            self._changed.notify_all()",
+        "            self._unshared.clear()",
         ("tests/cluster/link/test_answers.py::test_the_end_of_an_epoch_ends_the_wait",),
     ),
     Break(
