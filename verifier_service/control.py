@@ -74,11 +74,21 @@ class _Plan:
 
 @dataclass(slots=True)
 class _Size:
-    """One batch size. first: plain steps left before any drafts; rest_until: the choice that is open again."""
+    """One batch size. first: plain steps left before any drafts; rest_until: the choice that is open again.
+
+    active: drafting, or probing whether to draft; since then, earned: plain steps' time, and probe_only: no drafts but
+    those of a probe. Pauses are a size's own: what drafting gains at another is no reason to probe at this one, since
+    what the answers are worth is known to all.
+    """
 
     first: int = PLAIN_FIRST
     rest_until: int = 0
     since_plain: int = 0
+    active: bool = False
+    earned: float = 0.0
+    probe_only: bool = False
+    probe_at: int = 0  # choice
+    pause: int = FIRST_PAUSE
 
 
 class SpeculationControl:
@@ -96,12 +106,8 @@ class SpeculationControl:
         self._sizes: dict[int, _Size] = {}
         self._choices = 0
         self._plan = _Plan()
-        self._active = False  # drafting, or probing whether to draft
-        self._earned = 0.0  # plain steps' time, since then
-        self._probe_only = False  # since then, no drafts but those of a probe
         self._rows = 0  # drafts of the last step that had any
         self._probing = 0  # asks left whatever they promise
-        self._probe_at, self._pause = 0, FIRST_PAUSE
         self._asked = 0
         self._answers: deque[Sequence[float]] = deque(maxlen=REMEMBERED)
         self._survey: list[tuple[float, float, float]] = []
@@ -127,17 +133,17 @@ class SpeculationControl:
             return self.most
         self._probing = 0
         self._plan = self._planned(requests, requests if willing is None else max(willing, 1))
-        if self._plan.worth >= (STAY if self._active else START) and self._allowance.left > 0:
+        if self._plan.worth >= (STAY if size.active else START) and self._allowance.left > 0:
             return self._draft(size, willing)
-        self._stop(requests)
-        if self._choices >= self._probe_at:
-            self._active = self._probe_only = True
+        self._stop(size, requests)
+        if self._choices >= size.probe_at:
+            size.active = size.probe_only = True
             self._probing = max(PROBE_LEAST, PROBE_ROWS // requests)
             while len(self._answers) > KEPT:
                 self._answers.popleft()
             self.ask_at_most = PROBE_REQUESTS
             return self.most
-        size.rest_until = min(self._choices + RECHECK, self._probe_at)
+        size.rest_until = min(self._choices + RECHECK, size.probe_at)
         return 0
 
     def rests(self, requests: int) -> bool:
@@ -173,7 +179,7 @@ class SpeculationControl:
         self._costs.wait.add(asked, seconds)
         if plain := self._costs.plain(requests):
             self._allowance.passed(seconds / plain)
-            self._book(-min(seconds, max(SLOWEST_WAIT * usual, self.most * plain)) / plain)
+            self._book(requests, -min(seconds, max(SLOWEST_WAIT * usual, self.most * plain)) / plain)
 
     def kept(self, trusts: Sequence[Trust], answers: Sequence[Sequence[float]]) -> list[int]:
         """How many drafts of each answer to verify. answers: the confidences of each one's drafts, in order."""
@@ -211,7 +217,7 @@ class SpeculationControl:
             extra = (
                 costs.extra(requests, drafted) if prefilled else costs.drafted_step(requests, drafted, seconds) - plain
             )
-            self._book(accepted / requests - extra / plain)
+            self._book(requests, accepted / requests - extra / plain)
 
     def renew(self) -> None:
         """Another drafter. (Another life of the link to the same one changes nothing that is known.)"""
@@ -220,20 +226,19 @@ class SpeculationControl:
         self._answers.clear()
         self._survey.clear()
         self._survey_until, self._deepest = 0, float(self.most)
-        self._active, self._earned, self._probing = False, 0.0, 0
-        self._pause = FIRST_PAUSE
-        if self._allowance.begin_anew():
-            self._probe_at = self._choices
-            self._free_wait = True
-            for size in self._sizes.values():
-                size.rest_until = 0
+        self._probing = 0
+        anew = self._free_wait = self._allowance.begin_anew()
+        for size in self._sizes.values():
+            size.active, size.earned, size.pause = False, 0.0, FIRST_PAUSE
+            if anew:
+                size.rest_until = size.probe_at = 0
 
     def expected(self, least: float) -> float:
         """Drafts that are right, of an answer of which those that all stand with this chance are verified."""
         return next((right for limit, _, right in self._surveyed() if limit <= least), 0.0)
 
     def _draft(self, size: _Size, willing: int | None) -> int:
-        self._active, self._probe_only = True, False
+        size.active, size.probe_only = True, False
         size.since_plain += 1
         if size.since_plain >= (PLAIN_OFTEN if self._plan.worth < OFTEN_BELOW else PLAIN_EVERY):
             size.since_plain = 0
@@ -243,16 +248,16 @@ class SpeculationControl:
         self.ask_at_most = max(PROBE_REQUESTS, int(2 * self._costs.wait.reach))
         return min(self.most, int(self._deepest) + 2)
 
-    def _stop(self, requests: int) -> None:
+    def _stop(self, size: _Size, requests: int) -> None:
         """Drafting does not pay now. When is it probed again?"""
-        if self._active:
-            if self._probe_only and self._earned > 0:  # of few requests it does: nothing else would tell that all would
+        if size.active:
+            if size.probe_only and size.earned > 0:  # of few requests it does: nothing else would tell that all would
                 self._costs.doubt(requests, min(PROBE_REQUESTS, requests), self._rows)
-            self._pause = FIRST_PAUSE if self._earned > 0 else min(2 * self._pause, LONGEST_PAUSE)
-            self._probe_at = self._choices + self._pause
-            self._active, self._earned = False, 0.0
+            size.pause = FIRST_PAUSE if size.earned > 0 else min(2 * size.pause, LONGEST_PAUSE)
+            size.probe_at = self._choices + size.pause
+            size.active, size.earned = False, 0.0
         if (lacking := PROBE_PRICE - self._allowance.left) > 0:
-            self._probe_at = max(self._probe_at, self._choices + 1 + int(lacking / SHARE))
+            size.probe_at = max(size.probe_at, self._choices + 1 + int(lacking / SHARE))
 
     def _planned(self, requests: int, asked: int) -> _Plan:
         costs = self._costs
@@ -293,9 +298,9 @@ class SpeculationControl:
         stride = 1 + count // (wanted + 1)
         return self._choices % stride, stride
 
-    def _book(self, steps: float) -> None:
+    def _book(self, requests: int, steps: float) -> None:
         self._allowance.earn(steps)
-        self._earned += steps
+        self._of(requests).earned += steps
 
     def _of(self, requests: int) -> _Size:
         key = octave(requests)

@@ -114,6 +114,15 @@ def test_a_drafter_that_turns_bad_is_left_and_one_that_turns_good_is_found_again
     assert sum(ask(control, 1, right=1.0) > 0 for _ in range(200)) > 180
 
 
+def test_gains_at_one_batch_size_pay_for_no_probes_at_another_where_drafting_does_not_pay():
+    control, asked = warmed(1), 0
+    for _ in range(30):
+        for _ in range(40):
+            ask(control, 1, right=1.0)
+        asked += sum(ask(control, 8, right=1.0, wait=9.0) > 0 for _ in range(40))
+    assert asked < 20
+
+
 def test_of_each_answer_what_is_sure_enough_is_verified():
     control = warmed()
     for _ in range(200):
