@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.verifier_service.control_scenarios import (
@@ -82,7 +82,8 @@ def test_it_follows_the_batch_as_it_grows_and_shrinks():
     assert run(CPU, GARBAGE, "mixed", *sizes).over_plain > 0.98 - NOISE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
+@example(plain=0.09375, row=0.25, wait=0.0, right=0.0, tells=False, requests=8, seed=3)  # a step's rows cost 14 others
 @given(
     plain=st.floats(0.001, 0.1),
     row=st.floats(0.0, 0.3),
@@ -97,4 +98,4 @@ def test_whatever_the_machine_and_the_drafter_throughput_stays_near_plain(
 ):
     costs = Costs("any", lambda n: plain, lambda n, d: row * plain * d, lambda m: wait * plain)
     drafter = Drafter("any", right=right, tells=tells, sure=0.9)
-    assert run(costs, drafter, "alternating", requests, steps=2000, seed=seed).over_plain >= 0.975 - NOISE
+    assert run(costs, drafter, "alternating", requests, steps=6000, seed=seed).over_plain >= 0.975 - NOISE
