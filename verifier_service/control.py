@@ -31,6 +31,7 @@ from verifier_service.step_costs import SLOWEST_WAIT, StepCosts, octave
 from verifier_service.step_tables.prior import StepPrior
 
 PLAIN_FIRST = 3  # plain steps of a batch size before the first drafts
+LOOK = 4  # drafted steps before a plain one while all plain ones held prefill and so tell little; then twice as many
 START, STAY = 1.05, 1.01  # drafting has to promise so much over plain decoding, to begin and to go on: estimates err
 PLAIN_EVERY, PLAIN_OFTEN, OFTEN_BELOW = 64, 16, 1.2  # drafted steps between two plain ones; if it promises less than
 WHOLE_EVERY = 64  # asks between two whose answers are verified whole: far positions and many rows stay known
@@ -78,7 +79,7 @@ class _Size:
 
     active: drafting, or probing whether to draft; since then, earned: plain steps' time, and probe_only: no drafts but
     those of a probe. Pauses are a size's own: what drafting gains at another is no reason to probe at this one, since
-    what the answers are worth is known to all.
+    what the answers are worth is known to all. look: see LOOK.
     """
 
     first: int = PLAIN_FIRST
@@ -87,6 +88,7 @@ class _Size:
     active: bool = False
     earned: float = 0.0
     probe_only: bool = False
+    look: int = LOOK
     probe_at: int = 0  # choice
     pause: int = FIRST_PAUSE
 
@@ -134,7 +136,7 @@ class SpeculationControl:
         self._probing = 0
         self._plan = self._planned(requests, requests if willing is None else max(willing, 1))
         if self._plan.worth >= (STAY if size.active else START) and self._allowance.left > 0:
-            return self._draft(size, willing)
+            return self._draft(size, requests, willing)
         self._stop(size, requests)
         if self._choices >= size.probe_at:
             size.active = size.probe_only = True
@@ -237,11 +239,14 @@ class SpeculationControl:
         """Drafts that are right, of an answer of which those that all stand with this chance are verified."""
         return next((right for limit, _, right in self._surveyed() if limit <= least), 0.0)
 
-    def _draft(self, size: _Size, willing: int | None) -> int:
+    def _draft(self, size: _Size, requests: int, willing: int | None) -> int:
         size.active, size.probe_only = True, False
         size.since_plain += 1
-        if size.since_plain >= (PLAIN_OFTEN if self._plan.worth < OFTEN_BELOW else PLAIN_EVERY):
+        every = PLAIN_OFTEN if self._plan.worth < OFTEN_BELOW else PLAIN_EVERY
+        bare = self._costs.bare(requests)
+        if size.since_plain >= (every if bare else min(every, size.look)):
             size.since_plain = 0
+            size.look *= 1 if bare else 2
             return 0
         if willing == 0:
             return 0

@@ -131,6 +131,10 @@ class StepCosts:
         """Plain steps of about so many requests."""
         return self._plain.measured(requests) or self._loaded.measured(requests)
 
+    def bare(self, requests: int) -> bool:
+        """Whether plain steps of about so many requests are known that held no prefill."""
+        return self._plain.samples(requests) > 0
+
     def plain(self, requests: int) -> float:
         """0 = unknown. As long as all that were measured held prefill, no more than a prior says."""
         if self._plain.measured(requests) or not self._loaded:

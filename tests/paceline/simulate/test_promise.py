@@ -75,3 +75,11 @@ def test_drafting_comes_back_after_a_stall(name, plain):
     dead = simulate(SETUP_WITH_HOST, made(name), faults=[FAULTS["stalls for good"]])
     assert stalled.tokens_per_s > 1.2 * plain[name]
     assert stalled.asks > 2 * dead.asks
+
+
+def test_a_step_without_prefill_is_soon_looked_for_where_a_burst_of_prompts_left_none():
+    burst = load(32, tokens=3.0, seconds=SECONDS, prompt=512, output=128)
+    plain = simulate(SETUP_WITH_HOST, burst, drafters=0).tokens_per_s
+    slow = simulate(SETUP_WITH_HOST, burst, faults=[FAULTS["is slow"]])
+    assert slow.tokens_per_s >= 0.93 * plain  # of 20 seconds, so much is lost before the first such step
+    assert simulate(SETUP_WITH_HOST, burst).tokens_per_s > 1.1 * plain
