@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FIRST = 12.0  # may be lost at once, when nothing is known
-MOST = 32.0  # what is saved up, at most
+MOST = 20.0  # what is saved up, at most
 SHARE = 0.01  # of the time, may be lost for good
 ANEW, ANEW_EVERY = 8.0, 4000.0  # what a new drafter finds at least, if the last such favour was so long ago
 

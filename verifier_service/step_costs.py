@@ -9,6 +9,7 @@ from verifier_service.step_tables.prior import StepPrior
 
 WEIGHT = 0.1  # of a new sample, once there are ten
 SLOWEST_STEP, SLOWEST_WAIT = 2.0, 4.0  # times the usual: what takes longer counts as one of so many
+TOLD = 2  # samples, by which something is slow
 ROW_SHARE = 0.125  # of a plain step's share of one request, that a draft costs where nothing is measured yet
 
 PRIOR_SAMPLES = 2  # that a prior counts as; of plain steps, by which all gain and loss is told, it counts as none
@@ -123,8 +124,10 @@ class StepCosts:
     def drafted_step(self, requests: int, drafted: int, seconds: float) -> float:
         """`drafted` > 0 drafts in all, no prefill. Returns the seconds that count."""
         plain = self.plain(requests)
-        seconds = min(seconds, SLOWEST_STEP * (plain + self.extra(requests, drafted)))
-        self._extra.setdefault(octave(requests), Curve(from_zero=True)).add(drafted, seconds - plain)
+        curve = self._extra.setdefault(octave(requests), Curve(from_zero=True))
+        if curve.measured(drafted) >= TOLD:  # before, it may well be that slow: nothing that is lost is to go unseen
+            seconds = min(seconds, SLOWEST_STEP * (plain + self.extra(requests, drafted)))
+        curve.add(drafted, seconds - plain)
         return seconds
 
     def measured(self, requests: int) -> int:
