@@ -220,7 +220,7 @@ def test_a_wait_is_no_longer_than_drafts_can_be_worth():
     assert SpeculationControl(MOST).longest_wait(1) == float("inf")
 
 
-def test_a_step_of_256_requests_takes_the_control_less_than_a_fifth_of_a_millisecond():
+def test_a_step_of_256_requests_takes_the_control_less_than_two_milliseconds():
     control, trusts, answers = warmed(256), [Trust() for _ in range(256)], [(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)] * 256
     spent = []
     for _ in range(60):
@@ -232,5 +232,5 @@ def test_a_step_of_256_requests_takes_the_control_less_than_a_fifth_of_a_millise
         control.waited(256, 256, 0.01)
         control.step(256, sum(kept), 2 * len(kept), 1.0)
         spent.append(time.thread_time() - began)
-    assert sorted(spent)[len(spent) // 4] < 2e-3, "ten times as much: the machine is shared"
+    assert sorted(spent)[len(spent) // 4] < 2e-3
     print(f"{1e6 * sorted(spent)[len(spent) // 2]:.0f} us")
