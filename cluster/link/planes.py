@@ -130,10 +130,9 @@ class TcpReceiver:
         array: Any = np.empty(check_append(append, self._row_bytes), np.uint8)
         self._connection.receive_into(memoryview(array))
         rows = torch.frombuffer(array, dtype=self._dtype).view(-1, self._hidden)
-        if self._device.type != "cpu":
-            with self._side.here():
-                rows = rows.to(self._device)
-            self._side.hand_over(rows)
+        with self._side.here():
+            rows = rows.to(self._device)
+        self._side.hand_over(rows)
         yield append, rows
 
     def close(self) -> None:

@@ -27,12 +27,8 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
-    def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that was made here and is there, for use on the device's default stream; it may be dropped there.
-
-        Waits until it is there.
-        """
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        """What was made here is used, and may be dropped, on the device's default stream. Waits until it is there."""
         if self._stream is not None:
             self._stream.synchronize()
             tensor.record_stream(torch.cuda.default_stream(tensor.device))
-        return tensor

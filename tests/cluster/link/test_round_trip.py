@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ def pair(request, stops):
         return link, handler
 
     return make
+
+
+def heard_of(take: Callable[[], list[str]]) -> list[str]:
+    """What is taken, once there is something."""
+    found: list[str] = []
+
+    def heard() -> bool:
+        found.extend(take())
+        return bool(found)
+
+    eventually(heard)
+    return found
 
 
 def test_an_ask_is_answered(pair):
@@ -105,14 +118,7 @@ def test_what_a_context_shares_reaches_the_drafter_between_the_appends_around_it
     link.ask([DraftAsk("v/b/0", 8, 7, 2)])
     eventually(lambda: handler.asks)
     assert handler.order == ["v/a/0", share, "v/b/0"]
-    unshared: list[str] = []
-
-    def heard() -> bool:
-        unshared.extend(link.unshared())
-        return bool(unshared)
-
-    eventually(heard)
-    assert unshared == ["v/b/0"]
+    assert heard_of(link.unshared) == ["v/b/0"]
     assert link.unshared() == []
 
 
@@ -120,14 +126,7 @@ def test_an_evicted_context_is_reported_once(pair):
     link, handler = pair()
     eventually(lambda: handler.peers)
     handler.peers[0].evicted("v/r/0")
-    evicted: list[str] = []
-
-    def heard() -> bool:
-        evicted.extend(link.evicted())
-        return bool(evicted)
-
-    eventually(heard)
-    assert evicted == ["v/r/0"]
+    assert heard_of(link.evicted) == ["v/r/0"]
     assert link.evicted() == []
 
 
